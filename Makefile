@@ -1,0 +1,28 @@
+.PHONY: setup demo test lint bench clean
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+demo: setup  ## compare the methods on the digits
+	$(BIN)/steppe compare --out runs/demo
+
+test: lint  ## everything that CI holds
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: setup  ## step cost beside the peers; needs a quiet machine
+	$(BIN)/pip install -q -c constraints.txt -e '.[bench]'
+	$(BIN)/python benchmarks/step_cost.py
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[lab,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs
