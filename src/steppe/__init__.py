@@ -1,1 +1,66 @@
-"""steppe."""
+"""Train neural networks into flat minima at close to the price of plain SGD."""
+
+from importlib.metadata import version as _version
+
+from .batch import Batch
+from .method import Method
+from .recipes import (
+    asam,
+    cosine,
+    esam,
+    esam_sds,
+    esam_swp,
+    gnr,
+    grst,
+    gsam,
+    gsam_min,
+    gsam_penalty,
+    linear,
+    looksam,
+    m_sharpness,
+    mixed_sam,
+    piecewise,
+    rst,
+    rwp,
+    sam,
+    sgd,
+    sine,
+    ssam,
+    ssam_dynamic,
+)
+from .stats import Stats
+from .step import SharpnessAware
+from .text import parse
+
+__version__ = _version("steppe")
+
+__all__ = [
+    "Batch",
+    "Method",
+    "SharpnessAware",
+    "Stats",
+    "__version__",
+    "asam",
+    "cosine",
+    "esam",
+    "esam_sds",
+    "esam_swp",
+    "gnr",
+    "grst",
+    "gsam",
+    "gsam_min",
+    "gsam_penalty",
+    "linear",
+    "looksam",
+    "m_sharpness",
+    "mixed_sam",
+    "parse",
+    "piecewise",
+    "rst",
+    "rwp",
+    "sam",
+    "sgd",
+    "sine",
+    "ssam",
+    "ssam_dynamic",
+]

@@ -1,0 +1,152 @@
+"""A method: the four parts of a step as one frozen value, its expression and its cost."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ParamSpec, TypeVar
+
+from . import checks
+from .point import Combine, Perturb, Select, When
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+FORWARD = 1 / 3
+"""Share of a propagation that its forward pass is; its two halves of a backward pass are as much each."""
+PRODUCT = 7 / 3
+"""Propagations of a Hessian-vector product: a gradient with its graph, and a backward pass through both."""
+
+
+@dataclass(frozen=True, repr=False)
+class Method:
+    """What a sharpness-aware step does: when, with which ε, on which examples of pass two, in which direction.
+
+    Recipes such as ``sam()`` build the methods of the literature; composing the parts by hand builds a new one.
+
+    Args:
+        when: is the step sharp, and how large is ρ.
+        perturb: which ε.
+        combine: which direction from the gradients g0 at w and g1 at w + ε.
+        select: which examples pass two sees; None for all.
+        m: number of examples that share one ε (m-sharpness); None for the whole batch.
+        text: the expression that builds the method; recipes fill it in.
+
+    Raises:
+        ValueError: if two parts exclude each other; the message names both.
+    """
+
+    when: When
+    perturb: Perturb
+    combine: Combine
+    select: Select | None = None
+    m: int | None = None
+    text: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        if self.m is not None:
+            checks.count(m=self.m)
+        masked = self.perturb.share < 1
+        if masked and self.combine.needs_g0:
+            raise ValueError(
+                f"{self.perturb!r} leaves weight gradients of pass one out, but {self.combine!r} needs all of them: "
+                "use beta=1 or another combination"
+            )
+        if masked and not self.perturb.needs_g0:
+            raise ValueError(
+                f"{self.perturb!r} saves weight gradients of pass one, but its ε needs none of them"
+            )
+        if self.m is not None and (self.combine.keeps_memory or self.perturb.keeps_memory):
+            part = self.combine if self.combine.keeps_memory else self.perturb
+            raise ValueError(
+                f"m={self.m} cuts the step into groups, but {part!r} keeps one memory for the whole step"
+            )
+        if self.m is not None and self.needs_second:
+            raise ValueError(
+                f"m={self.m} pairs each group with itself, but {self.select!r} takes pass two elsewhere"
+            )
+
+    def __repr__(self) -> str:
+        if self.text:
+            return self.text
+        values = (f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.name != "text")
+        return f"Method({', '.join(values)})"
+
+    @property
+    def needs_total(self) -> bool:
+        """Whether ``SharpnessAware`` must be told the length of the training."""
+        return self.when.needs_total or self.perturb.needs_total
+
+    @property
+    def needs_second(self) -> bool:
+        """Whether ``opt.step`` takes a second batch for pass two."""
+        return self.select is not None and self.select.needs_second
+
+    @property
+    def needs_examples(self) -> bool:
+        """Whether a bare closure is too little: single examples, or the model itself, are looked at."""
+        perturb, combine = self.perturb, self.combine
+        return (
+            self.select is not None or self.m is not None or perturb.needs_examples or combine.needs_product
+        )
+
+    @property
+    def needs_first(self) -> bool:
+        """Whether sharp steps run pass one at all."""
+        return (
+            self.perturb.needs_g0
+            or self.combine.needs_g0
+            or (self.select is not None and self.select.needs_rise)
+        )
+
+    def cost(self, batch_size: int = 128, total_steps: int | None = None) -> float:
+        """Return the expected propagations of a step: 1 is a forward and a backward pass over the batch.
+
+        A forward pass counts ⅓, the two halves of a backward pass (by inputs and by weights) ⅓ each, as in the cost
+        model of ESAM (Du et al. 2022); ``opt.stats.propagations`` counts the same of what really ran.
+
+        Args:
+            batch_size: examples a step; matters where a selection is rounded to whole examples.
+            total_steps: length of the training; None for the limit of many steps.
+        """
+        sharp = 0.0
+        if self.needs_first:
+            sharp += 1 - (1 - self.perturb.share) / 3
+        sharp += (self.perturb.passes - 1) * (1 - (1 - self.perturb.share) / 3)
+        if self.select is not None and self.select.needs_rise:
+            sharp += FORWARD
+        sharp += self._second_share(batch_size)
+        sharp += PRODUCT if self.combine.needs_product else 0
+        share = self.when.share(total_steps)
+        extra = self.perturb.extra(batch_size, total_steps)
+        return share * (sharp + extra) + (1 - share)
+
+    def _second_share(self, batch_size: int) -> float:
+        if self.select is None:
+            return 1.0
+        whole, rest = divmod(batch_size, self.m or batch_size)
+        groups = [self.m or batch_size] * whole + ([rest] if rest else [])
+        return sum(self.select.count(size) for size in groups) / batch_size
+
+
+def recipe(function: Callable[P, T]) -> Callable[P, T]:
+    """Make ``repr`` of what ``function`` returns the call that builds it, with the arguments that are no defaults."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def build(*args: P.args, **kwargs: P.kwargs) -> T:
+        value: Any = function(*args, **kwargs)
+        given = signature.bind(*args, **kwargs).arguments
+        words = []
+        for name, parameter in signature.parameters.items():
+            if name not in given or (
+                given[name] == parameter.default and parameter.default is not parameter.empty
+            ):
+                continue
+            required = parameter.default is parameter.empty
+            words.append(repr(given[name]) if required else f"{name}={given[name]!r}")
+        return replace(value, text=f"{function.__name__}({', '.join(words)})")
+
+    return build

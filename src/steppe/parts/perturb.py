@@ -1,0 +1,111 @@
+"""Which ε? The ascents, the filter-wise noise, and the mask of stochastic weight perturbation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import checks, vec
+from ..point import Perturb, Point
+from ..vec import Vec
+
+
+@dataclass(frozen=True)
+class Ascent(Perturb):
+    """Steepest ascent in the ball ``‖ε‖_p ≤ ρ``: ``ε = ρ·sign(g)|g|^(q−1) / ‖g‖_q^(q/p)``, ``1/p + 1/q = 1``."""
+
+    p: float = 2.0
+    steps: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.p > 1:
+            raise ValueError(f"p={self.p!r} must be > 1 (inf included): the ball's norm, 2 for SAM")
+        checks.count(steps=self.steps)
+
+    @property
+    def passes(self) -> int:
+        return self.steps
+
+    def __call__(self, at: Point, rho: float) -> Vec:
+        if self.p == 2:
+            return vec.scale(at.g0, vec.over(rho, vec.norm(at.g0)), reuse=at.spare)
+        if self.p == math.inf:
+            return [rho * g.sign() for g in at.g0]
+        q = self.p / (self.p - 1)
+        size = vec.over(rho, vec.norm(at.g0, q) ** (q / self.p))
+        return vec.scale([g.sign() * g.abs() ** (q - 1) for g in at.g0], size, reuse=True)
+
+
+@dataclass(frozen=True)
+class Adaptive(Perturb):
+    """Ascent in the ball ``‖T⁻¹ε‖ ≤ ρ``: ``ε = ρ T²g/‖Tg‖``, ``T = |w| + η`` on adaptive tensors and 1 on the others."""
+
+    eta: float = 0.01
+    needs_names: bool = False
+
+    def __post_init__(self) -> None:
+        checks.non_negative(eta=self.eta)
+
+    def __call__(self, at: Point, rho: float) -> Vec:
+        if self.needs_names:
+            chosen = ["weight" in name for name in at.names]
+        else:
+            chosen = [w.ndim >= 2 for w in at.w]
+        t = [w.abs().add_(self.eta) for w, c in zip(at.w, chosen, strict=True) if c]
+        eps = at.g0 if at.spare else vec.clone(at.g0)
+        adaptive = [e for e, c in zip(eps, chosen, strict=True) if c]
+        vec.mul_(adaptive, t)
+        size = vec.over(rho, vec.norm(eps))
+        vec.mul_(adaptive, t)
+        return vec.scale(eps, size, reuse=True)
+
+
+@dataclass(frozen=True)
+class FilterNoise(Perturb):
+    """Gaussian noise of standard deviation ``ρ‖w_k‖`` on each filter k, a slice along dimension 0; no gradient needed."""
+
+    needs_g0: ClassVar[bool] = False
+
+    def __call__(self, at: Point, rho: float) -> Vec:
+        generators = {w.device: at.generator("noise", w.device) for w in at.w}
+        return [self._noise(w, rho, generators[w.device]) for w in at.w]
+
+    @staticmethod
+    def _noise(w: Tensor, rho: float, generator: torch.Generator) -> Tensor:
+        dims = tuple(range(1, w.ndim)) if w.ndim >= 2 else None
+        size = torch.linalg.vector_norm(w, dim=dims, keepdim=True)
+        return torch.randn(w.shape, dtype=w.dtype, device=w.device, generator=generator).mul_(size.mul_(rho))
+
+
+@dataclass(frozen=True)
+class Masked(Perturb):
+    """Stochastic weight perturbation: each tensor is picked with probability β, and ``inner`` perturbs those by ``ρ/β``."""
+
+    inner: Perturb
+    beta: float
+
+    def __post_init__(self) -> None:
+        checks.share(beta=self.beta)
+
+    @property
+    def needs_names(self) -> bool:  # type: ignore[override]
+        return self.inner.needs_names
+
+    @property
+    def passes(self) -> int:
+        return self.inner.passes
+
+    @property
+    def share(self) -> float:
+        return self.beta
+
+    def picks(self, at: Point, count: int) -> list[bool]:
+        draws = torch.rand(count, generator=at.generator("swp"), dtype=torch.float64)
+        return (draws < self.beta).tolist()  # type: ignore[no-any-return]
+
+    def __call__(self, at: Point, rho: float) -> Vec:
+        return self.inner(at, rho / self.beta)

@@ -1,0 +1,129 @@
+"""The 0/1 masks of sparse SAM: by Fisher information, or grown and dropped as the training goes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from .. import checks, vec
+from ..point import Perturb, Point
+from ..vec import Vec
+
+
+def _like(flat: torch.Tensor, shapes: Vec) -> Vec:
+    """Cut a flat mask into one boolean tensor a parameter."""
+    pieces = flat.split([t.numel() for t in shapes])
+    return [piece.view(t.shape).to(t.device) for piece, t in zip(pieces, shapes, strict=True)]
+
+
+def _flat(vector: Vec) -> torch.Tensor:
+    return torch.cat([t.reshape(-1).to(vector[0].device) for t in vector])
+
+
+@dataclass(frozen=True)
+class FisherSparse(Perturb):
+    """``ε`` of ``inner`` on the global top ``1 − s`` of ``Σᵢ(∇ℓᵢ)²`` over n examples; everywhere until the first refresh."""
+
+    inner: Perturb
+    s: float
+    n: int
+    refresh: int
+    keeps_memory: ClassVar[bool] = True
+    needs_examples: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check(self.inner, self.s, self.refresh)
+        checks.count(n=self.n)
+
+    @property
+    def needs_names(self) -> bool:  # type: ignore[override]
+        return self.inner.needs_names
+
+    @property
+    def passes(self) -> int:
+        return self.inner.passes
+
+    def fisher_examples(self, step: int) -> int:
+        return self.n if step > 0 and step % self.refresh == 0 else 0
+
+    def extra(self, batch_size: int, total: int | None) -> float:
+        refreshes = 1 / self.refresh if total is None else (total - 1) // self.refresh / total
+        return refreshes * min(self.n, batch_size) / batch_size
+
+    def __call__(self, at: Point, rho: float) -> Vec:
+        if at.squares:
+            fisher = _flat(at.squares)
+            kept = torch.zeros_like(fisher, dtype=torch.bool)
+            kept[fisher.topk(round((1 - self.s) * len(fisher)), sorted=False).indices] = True
+            at.memory.write("mask", _like(kept, at.squares))
+        eps = self.inner(at, rho)
+        if "mask" in at.memory:
+            vec.mul_(eps, at.memory.read("mask", torch.ones_like))
+        return eps
+
+
+@dataclass(frozen=True)
+class DynamicSparse(Perturb):
+    """``ε`` of ``inner`` on a mask of density ``1 − s`` that drops its flattest entries and regrows as many at random."""
+
+    inner: Perturb
+    s: float
+    drop: float
+    refresh: int
+    keeps_memory: ClassVar[bool] = True
+    needs_total: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check(self.inner, self.s, self.refresh)
+        checks.probability(drop=self.drop)
+
+    @property
+    def needs_names(self) -> bool:  # type: ignore[override]
+        return self.inner.needs_names
+
+    @property
+    def passes(self) -> int:
+        return self.inner.passes
+
+    def __call__(self, at: Point, rho: float) -> Vec:
+        if "mask" not in at.memory:
+            at.memory.write("mask", self._first(at))
+        elif at.step % self.refresh == 0:
+            at.memory.write("mask", self._regrown(at))
+        mask = at.memory.read("mask", lambda p: torch.zeros_like(p, dtype=torch.bool))
+        eps = self.inner(at, rho)
+        vec.mul_(eps, mask)
+        return eps
+
+    def _first(self, at: Point) -> Vec:
+        scores = torch.rand(sum(w.numel() for w in at.w), generator=at.generator("ssam"))
+        kept = torch.zeros(len(scores), dtype=torch.bool)
+        kept[scores.topk(round((1 - self.s) * len(scores)), sorted=False).indices] = True
+        return _like(kept, at.w)
+
+    def _regrown(self, at: Point) -> Vec:
+        assert at.total is not None
+        kept = _flat(at.memory.read("mask", lambda p: torch.zeros_like(p, dtype=torch.bool)))
+        gone = kept.logical_not()
+        rate = self.drop * (1 + math.cos(math.pi * min(at.step, at.total) / at.total)) / 2
+        count = min(int(rate * int(kept.sum())), int(gone.sum()))
+        slope = _flat(at.g0).abs()
+        flattest = slope.where(kept, math.inf).topk(count, largest=False, sorted=False).indices
+        scores = torch.rand(len(kept), generator=at.generator("ssam")).to(kept.device)
+        regrown = scores.where(gone, -1.0).topk(count, sorted=False).indices
+        kept[flattest] = False
+        kept[regrown] = True
+        return _like(kept, at.w)
+
+
+def _check(inner: Perturb, s: float, refresh: int) -> None:
+    if not 0 <= s < 1:
+        raise ValueError(f"s={s!r} must lie in [0, 1): the share of the weights that is left unperturbed")
+    checks.count(refresh=refresh)
+    if inner.keeps_memory or inner.share < 1:
+        raise ValueError(
+            f"a mask over single weights cannot be laid over {inner!r}, which has a mask of its own"
+        )

@@ -1,0 +1,179 @@
+"""Where a step stands, and the four protocols: all that a part may know of the step, and the step of a part.
+
+The protocols carry defaults, so a part states only what is special about it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Generator, Tensor
+
+from .vec import Vec
+
+State = MutableMapping[Tensor, dict[str, Any]]
+
+
+@dataclass
+class Memory:
+    """Named vectors that outlive the step: one tensor beside each parameter, checkpointed with the optimizer.
+
+    Args:
+        state: the optimizer's state, from a parameter to its named tensors.
+        params: the parameters in the order of the vectors read and written.
+    """
+
+    state: State
+    params: Vec
+
+    def __contains__(self, name: str) -> bool:
+        return any(name in self.state[p] for p in self.params if p in self.state)
+
+    def read(self, name: str, default: Callable[[Tensor], Tensor] = torch.zeros_like) -> Vec:
+        """Return the vector of that name, ``default(parameter)`` where a parameter has none yet."""
+        found = (self.state[p].get(name) if p in self.state else None for p in self.params)
+        return [default(p.detach()) if t is None else t for p, t in zip(self.params, found, strict=True)]
+
+    def write(self, name: str, vector: Vec) -> None:
+        """Keep ``vector`` under that name."""
+        for p, t in zip(self.params, vector, strict=True):
+            self.state.setdefault(p, {})[name] = t
+
+
+@dataclass
+class Point:
+    """Where the step stands.
+
+    Args:
+        step: number of steps taken before this one.
+        total: length of the training in steps, or None where it was not given.
+        lr: learning rate of the first parameter group, at this step.
+        peak_lr: the largest learning rate that the schedule reaches.
+        seed: the optimizer's seed.
+        group: number of the group of examples, where the batch is cut into groups with their own ε; else 0.
+        memory: vectors that outlive the step.
+        rho: radius of this step's perturbation.
+        w: weights to be perturbed, unperturbed; one tensor a parameter.
+        g0: gradient of pass one, aligned with ``w``; empty where pass one is not run.
+        names: the parameters' names, aligned with ``w``; only for a ``perturb`` that declares ``needs_names``.
+        squares: ``Σᵢ (∇ℓᵢ)²``, aligned with ``w``; only on steps where ``perturb.fisher_examples`` asks for it.
+        product: Hessian-vector product, aligned with ``w``; only for a ``combine`` that declares ``needs_product``.
+        spare: whether ``g0`` may be overwritten, because nobody reads it after ``perturb``.
+    """
+
+    step: int
+    total: int | None
+    lr: float
+    peak_lr: float
+    seed: int
+    group: int
+    memory: Memory
+    rho: float = 0.0
+    w: Vec = field(default_factory=list)
+    g0: Vec = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    squares: Vec = field(default_factory=list)
+    product: Vec = field(default_factory=list)
+    spare: bool = False
+
+    def generator(self, purpose: str, device: torch.device | str = "cpu") -> Generator:
+        """Return a fresh generator, a function of (seed, step, group, purpose): the same on all ranks and after a resume."""
+        key = hashlib.blake2b(
+            f"{self.seed}/{self.step}/{self.group}/{purpose}".encode(), digest_size=8
+        ).digest()
+        return Generator(device).manual_seed(int.from_bytes(key, "little") >> 1)
+
+
+class When(Protocol):
+    """Is this step sharp, and how large is ρ?"""
+
+    @property
+    def needs_total(self) -> bool:
+        """Whether the length of the training must be known."""
+        return False
+
+    def share(self, total: int | None) -> float:
+        """Return the expected share of sharp steps, over ``total`` steps or in the limit of many."""
+        ...
+
+    def __call__(self, at: Point) -> float | None:
+        """Return ρ; 0 for a step of the base alone; None for a step that reuses what the last sharp one left."""
+        ...
+
+
+class Perturb(Protocol):
+    """Which ε?"""
+
+    needs_g0: ClassVar[bool] = True
+    needs_names: bool = False
+    needs_total: ClassVar[bool] = False
+    needs_examples: ClassVar[bool] = False
+    keeps_memory: ClassVar[bool] = False
+
+    @property
+    def passes(self) -> int:
+        """Number of gradients that make ε; each call adds its share of ρ."""
+        return 1
+
+    @property
+    def share(self) -> float:
+        """Expected share of the parameters that pass one differentiates."""
+        return 1.0
+
+    def picks(self, at: Point, count: int) -> list[bool] | None:
+        """Return which of the ``count`` parameters pass one differentiates; None for all of them."""
+        return None
+
+    def fisher_examples(self, step: int) -> int:
+        """Return how many examples' squared gradients the step needs, mostly 0."""
+        return 0
+
+    def extra(self, batch_size: int, total: int | None) -> float:
+        """Return the expected propagations a step that ``fisher_examples`` adds."""
+        return 0.0
+
+    def __call__(self, at: Point, rho: float) -> Vec:
+        """Return ε, aligned with ``at.w``."""
+        ...
+
+
+class Select(Protocol):
+    """Which examples does pass two see?"""
+
+    needs_rise: ClassVar[bool] = False
+    needs_second: ClassVar[bool] = False
+
+    def count(self, batch_size: int) -> int:
+        """Return how many of a batch's examples pass two sees."""
+        return batch_size
+
+    def __call__(self, rise: Tensor) -> Tensor:
+        """Return the rows of pass two, shape (n,), from each example's rise in loss, shape (B,)."""
+        ...
+
+
+class Combine(Protocol):
+    """Which direction from g0 and g1?"""
+
+    keeps_memory: ClassVar[bool] = False
+
+    @property
+    def needs_g0(self) -> bool:
+        """Whether the whole gradient of pass one is read."""
+        return True
+
+    @property
+    def needs_product(self) -> bool:
+        """Whether a Hessian-vector product is taken along ``probe``."""
+        return False
+
+    def probe(self, at: Point, g1: Vec) -> Vec:
+        """Return the vector that the Hessian at the weights is multiplied with."""
+        ...
+
+    def __call__(self, at: Point, g1: Vec | None) -> Vec:
+        """Return the direction, aligned with ``at.w``; may overwrite ``g1``, which is None where no pass two ran."""
+        ...

@@ -1,0 +1,87 @@
+"""Arithmetic on lists of tensors: the only file that sees ``torch._foreach_*``.
+
+A ``Vec`` is one vector of the whole parameter space, kept as the list of its tensors. Functions whose name ends
+in an underscore overwrite their first argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Vec: TypeAlias = list[Tensor]
+
+
+def norm(u: Sequence[Tensor], p: float = 2.0) -> Tensor:
+    """Return ``‖u‖_p`` over all entries of all tensors, as a tensor of no dimensions."""
+    if not u:
+        return torch.zeros(())
+    parts = torch._foreach_norm(list(u), p)
+    return torch.linalg.vector_norm(torch.stack([part.to(parts[0]) for part in parts]), p)
+
+
+def dot(u: Sequence[Tensor], v: Sequence[Tensor]) -> Tensor:
+    """Return ``uᵀv`` over all entries, as a tensor of no dimensions."""
+    if not u:
+        return torch.zeros(())
+    parts = [torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in zip(u, v, strict=True)]
+    return torch.stack([part.to(parts[0]) for part in parts]).sum()
+
+
+def over(numerator: float, denominator: Tensor) -> Tensor:
+    """Return ``numerator / denominator``, and 0 where the denominator is 0 (a vanishing gradient has no direction)."""
+    return torch.where(denominator > 0, numerator / denominator, torch.zeros_like(denominator))
+
+
+def clone(u: Sequence[Tensor]) -> Vec:
+    """Return a copy that shares no memory with ``u``."""
+    return [t.detach().clone() for t in u]
+
+
+def copy_(u: Sequence[Tensor], v: Sequence[Tensor]) -> None:
+    """Overwrite ``u`` by ``v``, to the bit."""
+    if u:
+        torch._foreach_copy_(list(u), list(v))
+
+
+def scale(u: Vec, c: Tensor | float, *, reuse: bool = False) -> Vec:
+    """Return ``c·u``, in the memory of ``u`` where ``reuse`` allows it."""
+    if not u:
+        return u
+    if reuse:
+        torch._foreach_mul_(u, c)
+        return u
+    return list(torch._foreach_mul(u, c))
+
+
+def add_(u: Sequence[Tensor], v: Sequence[Tensor], c: float = 1.0) -> None:
+    """Overwrite ``u`` by ``u + c·v``."""
+    if u:
+        torch._foreach_add_(list(u), list(v), alpha=c)
+
+
+def mul_(u: Sequence[Tensor], v: Sequence[Tensor]) -> None:
+    """Overwrite ``u`` by the entry-wise product ``u ⊙ v``."""
+    if u:
+        torch._foreach_mul_(list(u), list(v))
+
+
+def lerp(u: Vec, v: Vec, c: float) -> Vec:
+    """Return ``u + c·(v − u)``; ``c`` may lie outside [0, 1]."""
+    return list(torch._foreach_lerp(u, v, c)) if u else u
+
+
+def axpy(c: Tensor | float, x: Vec, y: Vec) -> Vec:
+    """Return ``c·x + y``."""
+    out = scale(x, c)
+    add_(out, y)
+    return out
+
+
+def reject(u: Vec, v: Vec) -> Vec:
+    """Return the part of ``u`` orthogonal to ``v``: ``u − (uᵀv̂) v̂``; ``u`` itself where ``v = 0``."""
+    square = dot(v, v)
+    return axpy(torch.where(square > 0, -dot(u, v) / square, torch.zeros_like(square)), v, u)
