@@ -39,7 +39,7 @@ class Batch:
         self,
         model: nn.Module,
         loss_fn: LossFunction,
-        data: Any,  # noqa: ANN401
+        data: Any,
         *,
         micro: int = 1,
         autocast: torch.dtype | None = None,
@@ -52,6 +52,7 @@ class Batch:
         if not 1 <= micro <= self.size:
             raise ValueError(f"micro={micro!r} must lie between 1 and the batch's {self.size} examples")
         self._before: list[Tensor] | None = None
+        self._hold = False
 
     def backward(self, params: Vec | None, *, rows: Tensor | None = None, again: bool = False) -> Tensor:
         """Add the gradient of the mean loss to ``.grad`` of ``params`` only, and return the losses.
@@ -67,14 +68,12 @@ class Batch:
         """
         if params is not None and not params:
             return self.losses(again=again)
-        data, size = (
-            (self.data, self.size) if rows is None else (_take(self.data, rows, self.size), len(rows))
-        )
+        data, size = (self.data, self.size) if rows is None else (_take(self.data, rows, self.size), len(rows))
         losses = []
         with torch.enable_grad(), self._pass(again):
             for part in self._chunks(data, size):
                 each = self._losses(part, size)
-                (each.sum() / size).backward(inputs=params)
+                (each.sum() / size).backward(inputs=params)  # type: ignore[no-untyped-call]
                 losses.append(each.detach())
         return losses[0] if len(losses) == 1 else torch.cat(losses)
 
@@ -84,7 +83,7 @@ class Batch:
             return torch.cat([self._losses(part, self.size) for part in self._chunks(self.data, self.size)])
 
     def product(self, params: Vec, direction: Vec) -> Vec:
-        """Return the Hessian of the mean loss times ``direction``, by double backward (with the math attention kernel)."""
+        """Return the Hessian of the mean loss times ``direction``: double backward, the math attention kernel."""
         total = [torch.zeros_like(p) for p in params]
         with torch.enable_grad(), self._pass(True), sdpa_kernel(SDPBackend.MATH):
             for part in self._chunks(self.data, self.size):
@@ -97,7 +96,7 @@ class Batch:
         return total
 
     def squares(self, params: Vec, count: int) -> Vec:
-        """Return ``Σᵢ (∇ℓᵢ)²`` over the first ``count`` examples, each alone, with normalisation by running statistics."""
+        """Return ``Σᵢ (∇ℓᵢ)²`` over the first ``count`` examples, each run alone and in eval mode."""
         total = [torch.zeros_like(p) for p in params]
         with torch.enable_grad(), self._pass(True), _evaluating(self.model):
             for i in range(min(count, self.size)):
@@ -108,22 +107,22 @@ class Batch:
         return total
 
     def groups(self, m: int) -> list[Batch]:
-        """Return the batch in groups of ``m`` consecutive examples; the last one may be smaller."""
+        """Return groups of ``m`` consecutive examples, the last one maybe smaller; only the first moves statistics."""
         if m >= self.size:
             return [self]
-        cuts = range(0, self.size, m)
-        parts = [_take(self.data, slice(i, i + m), self.size) for i in cuts]
-        sizes = [min(m, self.size - i) for i in cuts]
-        return [
-            Batch(self.model, self.loss_fn, part, micro=min(self.micro, size), autocast=self.autocast)
-            for part, size in zip(parts, sizes, strict=True)
-        ]
+        groups = []
+        for i in range(0, self.size, m):
+            part = _take(self.data, slice(i, i + m), self.size)
+            micro = min(self.micro, self.size - i, m)
+            groups.append(Batch(self.model, self.loss_fn, part, micro=micro, autocast=self.autocast))
+            groups[-1]._hold = i > 0
+        return groups
 
     def names(self) -> dict[Tensor, str]:
         """Return the name of each parameter of the model."""
         return {p: name for name, p in self.model.named_parameters()}
 
-    def _losses(self, data: Any, size: int) -> Tensor:  # noqa: ANN401
+    def _losses(self, data: Any, size: int) -> Tensor:
         if self.autocast is None:
             losses = self.loss_fn(self.model, data)
         else:
@@ -136,7 +135,7 @@ class Batch:
             )
         return losses
 
-    def _chunks(self, data: Any, size: int) -> Iterator[Any]:  # noqa: ANN401
+    def _chunks(self, data: Any, size: int) -> Iterator[Any]:
         if self.micro == 1:
             yield data
             return
@@ -146,16 +145,15 @@ class Batch:
 
     @contextmanager
     def _pass(self, again: bool) -> Iterator[None]:
-        """Run a pass; ``again`` holds the statistics, and replays the random numbers of the first pass if there was one."""
-        if not again:
-            self._before = _rng_states(self.device)
-            yield
-            return
+        """Run a pass; ``again`` holds the statistics and replays the first pass's random numbers, if there was one."""
         with ExitStack() as stack:
-            if self._before is not None:
+            if again or self._hold:
+                stack.enter_context(_held_statistics(self.model))
+            if not again:
+                self._before = _rng_states(self.device)
+            elif self._before is not None:
                 stack.callback(_set_rng_states, _rng_states(self.device), self.device)
                 _set_rng_states(self._before, self.device)
-            stack.enter_context(_held_statistics(self.model))
             yield
 
 
@@ -190,7 +188,7 @@ class Closure:
         return torch.as_tensor(loss).detach().reshape(1)
 
 
-def _refuse_statistics(module: nn.Module, _: Any) -> None:  # noqa: ANN401
+def _refuse_statistics(module: nn.Module, _: Any) -> None:
     if isinstance(module, _NormBase) and module.training and module.track_running_stats:
         raise TypeError(
             f"a bare closure cannot hold the running statistics of {type(module).__name__} in the second pass: "
@@ -223,7 +221,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _extent(data: Any) -> tuple[int, torch.device]:  # noqa: ANN401
+def _extent(data: Any) -> tuple[int, torch.device]:
     """Return the number of examples, and their device, from the first tensor that has a dimension."""
     for leaf in _leaves(data):
         if leaf.ndim:
@@ -231,7 +229,7 @@ def _extent(data: Any) -> tuple[int, torch.device]:  # noqa: ANN401
     raise TypeError(f"data of type {type(data).__name__} holds no tensor with a batch dimension")
 
 
-def _leaves(data: Any) -> Iterator[Tensor]:  # noqa: ANN401
+def _leaves(data: Any) -> Iterator[Tensor]:
     if isinstance(data, Tensor):
         yield data
     elif isinstance(data, Mapping):
@@ -242,7 +240,7 @@ def _leaves(data: Any) -> Iterator[Tensor]:  # noqa: ANN401
             yield from _leaves(value)
 
 
-def _take(data: Any, rows: Tensor | slice, size: int) -> Any:  # noqa: ANN401
+def _take(data: Any, rows: Tensor | slice, size: int) -> Any:
     """Return the rows of every tensor that has ``size`` of them; everything else as it is."""
     if isinstance(data, Tensor):
         return data[rows] if data.ndim and len(data) == size else data

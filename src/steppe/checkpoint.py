@@ -13,7 +13,7 @@ Memories = MutableMapping[Tensor, dict[str, Any]]
 
 
 def pack(base: Optimizer, memories: Memories, header: dict[str, Any]) -> dict[str, Any]:
-    """Return the base's ``state_dict`` with ``header`` and the memories, by the parameters' positions, under ``KEY``."""
+    """Return the base's ``state_dict``, with ``header`` and the memories by position under ``KEY``."""
     position = {p: i for i, p in enumerate(_params(base))}
     kept = {position[p]: dict(named) for p, named in memories.items() if named}
     return {**base.state_dict(), KEY: {**header, "memory": kept}}
@@ -27,9 +27,7 @@ def unpack(base: Optimizer, memories: Memories, saved: dict[str, Any], method: s
     """
     header = saved.get(KEY)
     if header is not None and header["method"] != method:
-        raise ValueError(
-            f"the state was saved by {header['method']}, and this optimizer runs {method}: build that one"
-        )
+        raise ValueError(f"the state was saved by {header['method']}, and this optimizer runs {method}: build that one")
     base.load_state_dict({name: value for name, value in saved.items() if name != KEY})
     memories.clear()
     if header is None:

@@ -16,6 +16,7 @@ __all__ = ["main"]
 
 FAILED = 2
 INTERRUPTED = 130
+PIPED_WIDTH = 160
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Compare(Setting):
     """
 
     methods: tuple[str, ...] = METHODS
-    """Expressions of the methods, see `steppe methods`. The others are held against sgd, or against the first."""
+    """Expressions of the methods, see `steppe methods`. They are held against sgd, or else the first."""
     seeds: int = 5
     """Number of seeds."""
     out: Path = Path("runs")
@@ -63,8 +64,9 @@ class Train(Setting):
 
 @dataclass(frozen=True)
 class Tune(Setting):
-    """Choose the methods' values by accuracy on a held-out fifth of the training images, never on test
-    images.
+    """Choose the methods' values by accuracy on a held-out fifth of the training images.
+
+    Test images take no part.
 
     Examples:
         steppe tune
@@ -136,8 +138,7 @@ def _parse(arguments: Sequence[str]) -> Command:
         "methods": Methods(),
     }
     subcommands: Any = tuple(
-        Annotated[type(default), tyro.conf.subcommand(name, default=default)]
-        for name, default in commands.items()
+        Annotated[type(default), tyro.conf.subcommand(name, default=default)] for name, default in commands.items()
     )
     description = "Train neural networks into flat minima, and compare the methods that do."
     parsed: Command = tyro.cli(
@@ -161,6 +162,8 @@ def _run(command: Command, line: str) -> int:
     from rich.console import Console
 
     console = Console()
+    if not console.is_terminal:
+        console.width = PIPED_WIDTH
     if isinstance(command, Methods):
         from steppe.lab.catalogue import catalogue
 

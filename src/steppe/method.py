@@ -55,18 +55,12 @@ class Method:
                 "use beta=1 or another combination"
             )
         if masked and not self.perturb.needs_g0:
-            raise ValueError(
-                f"{self.perturb!r} saves weight gradients of pass one, but its ε needs none of them"
-            )
+            raise ValueError(f"{self.perturb!r} saves weight gradients of pass one, but its ε needs none of them")
         if self.m is not None and (self.combine.keeps_memory or self.perturb.keeps_memory):
             part = self.combine if self.combine.keeps_memory else self.perturb
-            raise ValueError(
-                f"m={self.m} cuts the step into groups, but {part!r} keeps one memory for the whole step"
-            )
+            raise ValueError(f"m={self.m} cuts the step into groups, but {part!r} keeps one memory for the whole step")
         if self.m is not None and self.needs_second:
-            raise ValueError(
-                f"m={self.m} pairs each group with itself, but {self.select!r} takes pass two elsewhere"
-            )
+            raise ValueError(f"m={self.m} pairs each group with itself, but {self.select!r} takes pass two elsewhere")
 
     def __repr__(self) -> str:
         if self.text:
@@ -88,18 +82,12 @@ class Method:
     def needs_examples(self) -> bool:
         """Whether a bare closure is too little: single examples, or the model itself, are looked at."""
         perturb, combine = self.perturb, self.combine
-        return (
-            self.select is not None or self.m is not None or perturb.needs_examples or combine.needs_product
-        )
+        return self.select is not None or self.m is not None or perturb.needs_examples or combine.needs_product
 
     @property
     def needs_first(self) -> bool:
         """Whether sharp steps run pass one at all."""
-        return (
-            self.perturb.needs_g0
-            or self.combine.needs_g0
-            or (self.select is not None and self.select.needs_rise)
-        )
+        return self.perturb.needs_g0 or self.combine.needs_g0 or (self.select is not None and self.select.needs_rise)
 
     def cost(self, batch_size: int = 128, total_steps: int | None = None) -> float:
         """Return the expected propagations of a step: 1 is a forward and a backward pass over the batch.
@@ -141,12 +129,11 @@ def recipe(function: Callable[P, T]) -> Callable[P, T]:
         given = signature.bind(*args, **kwargs).arguments
         words = []
         for name, parameter in signature.parameters.items():
-            if name not in given or (
-                given[name] == parameter.default and parameter.default is not parameter.empty
-            ):
+            if name not in given or (given[name] == parameter.default and parameter.default is not parameter.empty):
                 continue
             required = parameter.default is parameter.empty
             words.append(repr(given[name]) if required else f"{name}={given[name]!r}")
-        return replace(value, text=f"{function.__name__}({', '.join(words)})")
+        built: T = replace(value, text=f"{function.__name__}({', '.join(words)})")
+        return built
 
     return build

@@ -1,6 +1,7 @@
 """Where a step stands, and the four protocols: all that a part may know of the step, and the step of a part.
 
-The protocols carry defaults, so a part states only what is special about it."""
+The protocols carry defaults, so a part states only what is special about it.
+"""
 
 from __future__ import annotations
 
@@ -80,10 +81,8 @@ class Point:
     spare: bool = False
 
     def generator(self, purpose: str, device: torch.device | str = "cpu") -> Generator:
-        """Return a fresh generator, a function of (seed, step, group, purpose): the same on all ranks and after a resume."""
-        key = hashlib.blake2b(
-            f"{self.seed}/{self.step}/{self.group}/{purpose}".encode(), digest_size=8
-        ).digest()
+        """Return a fresh generator, a function of (seed, step, group, purpose): the same on all ranks."""
+        key = hashlib.blake2b(f"{self.seed}/{self.step}/{self.group}/{purpose}".encode(), digest_size=8).digest()
         return Generator(device).manual_seed(int.from_bytes(key, "little") >> 1)
 
 
@@ -152,7 +151,7 @@ class Select(Protocol):
 
     def __call__(self, rise: Tensor) -> Tensor:
         """Return the rows of pass two, shape (n,), from each example's rise in loss, shape (B,)."""
-        ...
+        return torch.arange(len(rise), device=rise.device)
 
 
 class Combine(Protocol):
@@ -172,7 +171,7 @@ class Combine(Protocol):
 
     def probe(self, at: Point, g1: Vec) -> Vec:
         """Return the vector that the Hessian at the weights is multiplied with."""
-        ...
+        return g1
 
     def __call__(self, at: Point, g1: Vec | None) -> Vec:
         """Return the direction, aligned with ``at.w``; may overwrite ``g1``, which is None where no pass two ran."""

@@ -37,17 +37,11 @@ class SharpnessAware(Optimizer):
         ValueError: if nothing is trainable, or the method needs ``total_steps`` and does not get it.
     """
 
-    def __init__(
-        self, base: Optimizer, method: Method, *, seed: int = 0, total_steps: int | None = None
-    ) -> None:
+    def __init__(self, base: Optimizer, method: Method, *, seed: int = 0, total_steps: int | None = None) -> None:
         if not isinstance(base, Optimizer) or isinstance(base, (SharpnessAware, LBFGS)):
-            raise TypeError(
-                f"base is {type(base).__name__}: give an optimizer that takes one gradient a step, as SGD"
-            )
+            raise TypeError(f"base is {type(base).__name__}: give an optimizer that takes one gradient a step, as SGD")
         if not isinstance(method, Method):
-            raise TypeError(
-                f"method is {method!r}: give a recipe such as steppe.sam(), or steppe.parse(text)"
-            )
+            raise TypeError(f"method is {method!r}: give a recipe such as steppe.sam(), or steppe.parse(text)")
         if not any(p.requires_grad for group in base.param_groups for p in group["params"]):
             raise ValueError("the base optimizer holds no trainable parameter: none has requires_grad=True")
         if total_steps is not None and total_steps < 1:
@@ -63,9 +57,7 @@ class SharpnessAware(Optimizer):
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """The base's parameter groups: the same objects, so that a scheduler reaches both."""
-        groups: list[dict[str, Any]] = (
-            self.__dict__["base"].param_groups if "base" in self.__dict__ else self._early
-        )
+        groups: list[dict[str, Any]] = self.__dict__["base"].param_groups if "base" in self.__dict__ else self._early
         return groups
 
     @param_groups.setter
@@ -87,8 +79,8 @@ class SharpnessAware(Optimizer):
         Gradients that were there before are discarded; the direction taken is left in ``.grad``.
 
         Args:
-            closure: a ``steppe.Batch``; or a closure that clears the gradients, calls ``backward`` and returns the loss,
-                for methods that look at no single examples and models without running statistics.
+            closure: a ``steppe.Batch``; or a closure that clears the gradients, calls ``backward`` and returns the
+                loss, for methods that look at no single examples and models without running statistics.
             second: the batch of pass two, for methods that take another one (``rwp(other=True)``) and no others.
 
         Raises:
@@ -122,26 +114,25 @@ class SharpnessAware(Optimizer):
                 sums[p] = sums[p].add_(p.grad, alpha=weight) if p in sums else p.grad.mul_(weight)
         return loss * weight
 
-    def _direction(
-        self, source: Batch | Closure, second: Batch | None, rho: float | None, group: int
-    ) -> Tensor:
+    def _direction(self, source: Batch | Closure, second: Batch | None, rho: float | None, group: int) -> Tensor:
         """Leave the method's direction on one source in ``.grad``, and return the mean loss of the first pass."""
         method, params = self.method, self._trainable()
         perturb, combine, select = method.perturb, method.combine, method.select
         at = self._point(params, group)
         self._clear(params)
         if not rho:
-            before = self._run(source, None)
+            loss = self._finite(self._run(source, None))
             if rho is None:
-                slopes = [p.grad for p in params]
-                self._combine(at, params, slopes, None)
-            return self._finite(before)
+                self._combine(at, params, [p.grad for p in params], None)
+            return loss
 
         at.rho = rho
         picks = perturb.picks(at, len(params))
+        if picks is not None and not any(picks):
+            return self._finite(self._run(source, None))
         picked = None if picks is None else [p for p, pick in zip(params, picks, strict=True) if pick]
         before = self._run(source, picked) if method.needs_first else None
-        slopes = self._take(params)
+        slopes: list[Tensor | None] = self._take(params)
         moved = [p for p, g in zip(params, slopes, strict=True) if g is not None or not perturb.needs_g0]
         at.memory.params = at.w = moved
         at.g0 = [g for g in slopes if g is not None]
@@ -155,22 +146,21 @@ class SharpnessAware(Optimizer):
             at.w, at.spare = home, True
             for _ in range(1, perturb.passes):
                 self._run(source, picked, again=True)
-                at.g0 = [
-                    torch.zeros_like(p) if g is None else g
-                    for p, g in zip(moved, self._take(moved), strict=True)
-                ]
+                at.g0 = [torch.zeros_like(p) if g is None else g for p, g in zip(moved, self._take(moved), strict=True)]
                 vec.add_(moved, perturb(at, rho / perturb.passes))
             at.g0 = []
             rows = None
             if select is not None and select.needs_rise:
-                assert isinstance(source, Batch) and before is not None
+                assert isinstance(source, Batch)
+                assert before is not None
                 rows = select(source.losses() - before)
                 self.stats.forward += source.size
             after = self._run(second or source, None, rows=rows, again=method.needs_first)
         finally:
             vec.copy_(moved, home)
+        loss = self._finite(after if before is None else before, after)
         self._combine(at, params, slopes, self._take(params), source)
-        return self._finite(after if before is None else before, after)
+        return loss
 
     def _combine(
         self,
@@ -183,9 +173,7 @@ class SharpnessAware(Optimizer):
         """Leave ``combine``'s direction in ``.grad``; a gradient that only one pass has counts as 0 in the other."""
         combine = self.method.combine
         with_g0 = combine.needs_g0 or g1 is None
-        both = list(
-            zip(params, g0 if with_g0 else [None] * len(params), g1 or [None] * len(params), strict=True)
-        )
+        both = list(zip(params, g0 if with_g0 else [None] * len(params), g1 or [None] * len(params), strict=True))
         used = [(p, a, b) for p, a, b in both if a is not None or b is not None]
         at.memory.params = at.w = [p for p, _, _ in used]
         if with_g0:
@@ -230,24 +218,18 @@ class SharpnessAware(Optimizer):
 
     def _source(self, closure: Batch | Callable[[], Any], second: Batch | None) -> Batch | Closure:
         if self.method.needs_second != (second is not None):
-            takes = (
-                "takes a second batch: opt.step(batch, second)" if second is None else "takes no second batch"
-            )
+            takes = "takes a second batch: opt.step(batch, second)" if second is None else "takes no second batch"
             raise ValueError(f"{self.method!r} {takes}")
         if isinstance(closure, Batch):
             return closure
         if not callable(closure):
-            raise TypeError(
-                "opt.step takes a steppe.Batch(model, loss_fn, batch), or a closure that returns the loss"
-            )
+            raise TypeError("opt.step takes a steppe.Batch(model, loss_fn, batch), or a closure that returns the loss")
         if self.method.needs_examples:
             raise TypeError(
                 f"{self.method!r} looks at single examples or at the model, which a bare closure hides: "
                 "write opt.step(steppe.Batch(model, loss_fn, batch))"
             )
-        return Closure(
-            closure, self._trainable(), repeats=self.method.needs_first and self.method.when.share(None) > 0
-        )
+        return Closure(closure, self._trainable(), repeats=self.method.needs_first and self.method.when.share(None) > 0)
 
     def _names(self, params: Vec, source: Batch | Closure) -> list[str]:
         named: dict[Tensor, str] = source.names() if isinstance(source, Batch) else {}
@@ -261,9 +243,7 @@ class SharpnessAware(Optimizer):
         first = self.base.param_groups[0]
         lr = float(first["lr"]) if "lr" in first else 0.0
         peak = float(first.get("max_lr", first.get("initial_lr", lr)))
-        return Point(
-            self.stats.steps, self.total_steps, lr, peak, self.seed, group, Memory(self.state, params)
-        )
+        return Point(self.stats.steps, self.total_steps, lr, peak, self.seed, group, Memory(self.state, params))
 
     def _trainable(self) -> Vec:
         return [p for group in self.base.param_groups for p in group["params"] if p.requires_grad]
@@ -300,5 +280,5 @@ class SharpnessAware(Optimizer):
         self.seed = header["seed"] if header else self.seed
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return all there is to copy or pickle; a scheduler's patch of ``step`` is bound to the original and stays there."""
+        """Return all there is to copy or pickle, but a scheduler's patch of ``step``: it is bound to the original."""
         return {name: value for name, value in self.__dict__.items() if name != "step"}

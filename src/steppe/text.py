@@ -22,8 +22,8 @@ def parse(text: str) -> Method:
         text: the expression.
 
     Raises:
-        ValueError: if the text does not parse, names no recipe or argument, or the recipe refuses a value; the message has
-            the text with a caret under the place, and the nearest right name.
+        ValueError: if the text does not parse, names no recipe or argument, or the recipe refuses a value; the
+            message has the text with a caret under the place, and the nearest right name.
         TypeError: if ``text`` is no string.
     """
     if not isinstance(text, str):
@@ -40,7 +40,7 @@ def parse(text: str) -> Method:
     return value
 
 
-def _build(text: str, node: ast.expr) -> Any:  # noqa: ANN401
+def _build(text: str, node: ast.expr) -> Any:
     match node:
         case ast.Call(func=ast.Name(id=name)):
             function = _recipe(text, node.func, name)
@@ -72,13 +72,13 @@ def _build(text: str, node: ast.expr) -> Any:  # noqa: ANN401
     raise _error_at(text, node, "only recipes, numbers, True, False, None and inf may stand here")
 
 
-def _recipe(text: str, node: ast.expr, name: str) -> Any:  # noqa: ANN401
+def _recipe(text: str, node: ast.expr, name: str) -> Any:
     if name not in recipes.__all__:
         raise _error_at(text, node, f"no recipe is called {name!r}{_nearest(name, recipes.__all__)}")
     return getattr(recipes, name)
 
 
-def _check_argument(text: str, keyword: ast.keyword, function: Any) -> None:  # noqa: ANN401
+def _check_argument(text: str, keyword: ast.keyword, function: Any) -> None:
     names = list(inspect.signature(function).parameters)
     if keyword.arg not in names:
         assert keyword.arg is not None

@@ -20,7 +20,8 @@ def norm(u: Sequence[Tensor], p: float = 2.0) -> Tensor:
     if not u:
         return torch.zeros(())
     parts = torch._foreach_norm(list(u), p)
-    return torch.linalg.vector_norm(torch.stack([part.to(parts[0]) for part in parts]), p)
+    total: Tensor = torch.linalg.vector_norm(torch.stack([part.to(parts[0]) for part in parts]), p)
+    return total
 
 
 def dot(u: Sequence[Tensor], v: Sequence[Tensor]) -> Tensor:

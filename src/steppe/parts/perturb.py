@@ -42,7 +42,7 @@ class Ascent(Perturb):
 
 @dataclass(frozen=True)
 class Adaptive(Perturb):
-    """Ascent in the ball ``‖T⁻¹ε‖ ≤ ρ``: ``ε = ρ T²g/‖Tg‖``, ``T = |w| + η`` on adaptive tensors and 1 on the others."""
+    """Ascent in the ball ``‖T⁻¹ε‖ ≤ ρ``: ``ε = ρ T²g/‖Tg‖``, ``T = |w| + η`` on adaptive tensors, else 1."""
 
     eta: float = 0.01
     needs_names: bool = False
@@ -51,10 +51,7 @@ class Adaptive(Perturb):
         checks.non_negative(eta=self.eta)
 
     def __call__(self, at: Point, rho: float) -> Vec:
-        if self.needs_names:
-            chosen = ["weight" in name for name in at.names]
-        else:
-            chosen = [w.ndim >= 2 for w in at.w]
+        chosen = ["weight" in name for name in at.names] if self.needs_names else [w.ndim >= 2 for w in at.w]
         t = [w.abs().add_(self.eta) for w, c in zip(at.w, chosen, strict=True) if c]
         eps = at.g0 if at.spare else vec.clone(at.g0)
         adaptive = [e for e, c in zip(eps, chosen, strict=True) if c]
@@ -66,7 +63,7 @@ class Adaptive(Perturb):
 
 @dataclass(frozen=True)
 class FilterNoise(Perturb):
-    """Gaussian noise of standard deviation ``ρ‖w_k‖`` on each filter k, a slice along dimension 0; no gradient needed."""
+    """Gaussian noise of deviation ``ρ‖w_k‖`` on each filter k, a slice along dimension 0; needs no gradient."""
 
     needs_g0: ClassVar[bool] = False
 
@@ -83,7 +80,7 @@ class FilterNoise(Perturb):
 
 @dataclass(frozen=True)
 class Masked(Perturb):
-    """Stochastic weight perturbation: each tensor is picked with probability β, and ``inner`` perturbs those by ``ρ/β``."""
+    """Stochastic weight perturbation: ``inner`` with ``ρ/β`` on tensors picked with probability β."""
 
     inner: Perturb
     beta: float

@@ -1,4 +1,4 @@
-"""The schedules p(t) of randomized sharpness-aware training (RST 2022, table 2), over the progress ``t/T`` in [0, 1]."""
+"""The schedules p(t) of randomized sharpness-aware training (RST 2022, table 2), over the progress ``t/T``."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from ..vec import Vec
 
 def _like(flat: torch.Tensor, shapes: Vec) -> Vec:
     """Cut a flat mask into one boolean tensor a parameter."""
-    pieces = flat.split([t.numel() for t in shapes])
+    pieces = torch.split(flat, [t.numel() for t in shapes])
     return [piece.view(t.shape).to(t.device) for piece, t in zip(pieces, shapes, strict=True)]
 
 
@@ -25,7 +25,7 @@ def _flat(vector: Vec) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class FisherSparse(Perturb):
-    """``ε`` of ``inner`` on the global top ``1 − s`` of ``Σᵢ(∇ℓᵢ)²`` over n examples; everywhere until the first refresh."""
+    """``ε`` of ``inner`` on the global top ``1 − s`` of ``Σᵢ(∇ℓᵢ)²`` over n examples; full until the first refresh."""
 
     inner: Perturb
     s: float
@@ -67,7 +67,7 @@ class FisherSparse(Perturb):
 
 @dataclass(frozen=True)
 class DynamicSparse(Perturb):
-    """``ε`` of ``inner`` on a mask of density ``1 − s`` that drops its flattest entries and regrows as many at random."""
+    """``ε`` of ``inner`` on a mask of density ``1 − s`` that drops its flattest entries, regrowing others at random."""
 
     inner: Perturb
     s: float
@@ -124,6 +124,4 @@ def _check(inner: Perturb, s: float, refresh: int) -> None:
         raise ValueError(f"s={s!r} must lie in [0, 1): the share of the weights that is left unperturbed")
     checks.count(refresh=refresh)
     if inner.keeps_memory or inner.share < 1:
-        raise ValueError(
-            f"a mask over single weights cannot be laid over {inner!r}, which has a mask of its own"
-        )
+        raise ValueError(f"a mask over single weights cannot be laid over {inner!r}, which has a mask of its own")

@@ -33,7 +33,7 @@ class Always(When):
 
 @dataclass(frozen=True)
 class FollowLR(When):
-    """ρ follows the learning rate: ``ρ = ρmin + (ρmax − ρmin)(lr − lr_min)/(lr_peak − lr_min)``, held within the two."""
+    """ρ follows the learning rate: ``ρmin + (ρmax − ρmin)(lr − lr_min)/(lr_peak − lr_min)``, held within the two."""
 
     rho: float
     rho_min: float
@@ -77,7 +77,7 @@ class Every(When):
 
 @dataclass(frozen=True)
 class Coin(When):
-    """``X ~ Bernoulli(p(t))``, the same draw on every rank: heads is as ``inner`` says, tails a step of the base alone."""
+    """``X ~ Bernoulli(p(t))``, the same on every rank: heads is as ``inner`` says, tails a step of the base alone."""
 
     inner: When
     p: Probability

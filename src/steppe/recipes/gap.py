@@ -34,14 +34,13 @@ def gnr(rho: float | Method = 0.05, strength: float = 1.0) -> Method:
 
 
 @recipe
-def gsam(
-    rho: float | Method = 0.05, alpha: float = 0.4, rho_min: float | None = None, lr_min: float = 0.0
-) -> Method:
+def gsam(rho: float | Method = 0.05, alpha: float = 0.4, rho_min: float | None = None, lr_min: float = 0.0) -> Method:
     """Surrogate-gap guided SAM: descend the perturbed loss and, where that costs nothing, the gap to the plain one.
 
     d = g₁ − α g₀⊥, g₀⊥ = g₀ − (g₀ᵀĝ₁)ĝ₁, with SAM's ε;  ρ_t = ρmin + (ρmax − ρmin)(lr_t − lr_min)/(lr_max − lr_min).
 
-    lr_max is the group's ``max_lr`` or ``initial_lr`` as torch's schedulers leave it, the current rate where there is none.
+    lr_max is the group's ``max_lr`` or ``initial_lr`` as torch's schedulers leave it, the current rate where there is
+    none.
 
     Args:
         rho: ρmax, radius of SAM's ball, or a method whose ε is taken. Default 0.05.

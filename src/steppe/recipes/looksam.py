@@ -21,7 +21,8 @@ def looksam(rho: float | Method = 0.05, alpha: float = 0.7, k: int = 5) -> Metho
         k: period of the sharp steps. Default 5.
 
     Raises:
-        ValueError: if k < 1, alpha is not finite, or the method given combines in its own way or needs a mask on pass one.
+        ValueError: if k < 1, alpha is not finite, or the method given combines in its own way or needs a mask on pass
+            one.
 
     Cost:
         1 + 1/k propagations; 1.2 at the defaults. One copy of the weights is kept between steps.

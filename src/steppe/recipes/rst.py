@@ -31,17 +31,15 @@ def rst(method: Method, p: Probability = 0.5) -> Method:
     Source:
         RST 2022, algorithm 1, eq. 4.
     """
-    if isinstance(method.when, Coin):
-        raise ValueError(f"{method!r} flips a coin already: multiply the two probabilities instead")
-    return replace(method, when=Coin(method.when, p), text="")
+    return replace(method, when=_coin(method, p), text="")
 
 
 @recipe
 def grst(method: Method, p: Probability = 0.5, strength: float = 2.0) -> Method:
     """General RST: sharp steps are rarer, and each of them stronger.
 
-    X = 1: d = g₀ + s (d_method − g₀);  X = 0: d = g₀.  In expectation the regularization is p·s times the method's; p = ½
-    and s = 2 equal SAM's.
+    X = 1: d = g₀ + s (d_method − g₀);  X = 0: d = g₀.  In expectation the regularization is p·s times the method's; p
+    = ½ and s = 2 equal SAM's.
 
     Args:
         method: the method of the sharp steps.
@@ -49,8 +47,8 @@ def grst(method: Method, p: Probability = 0.5, strength: float = 2.0) -> Method:
         strength: s = γ_gnr/ρ. Default 2.
 
     Raises:
-        ValueError: if p lies outside [0, 1], strength is not finite, the method flips a coin already, or it leaves weight
-            gradients of pass one out.
+        ValueError: if p lies outside [0, 1], strength is not finite, the method flips a coin already, or it leaves
+            weight gradients of pass one out.
 
     Cost:
         1 + p̄·(cost of the method − 1) propagations; 1.5 around SAM at p = ½.
@@ -58,10 +56,7 @@ def grst(method: Method, p: Probability = 0.5, strength: float = 2.0) -> Method:
     Source:
         RST 2022, section 4, eq. 6 and 7.
     """
-    if isinstance(method.when, Coin):
-        raise ValueError(f"{method!r} flips a coin already: multiply the two probabilities instead")
-    combine = Amplified(method.combine, strength)
-    return replace(method, when=Coin(method.when, p), combine=combine, text="")
+    return replace(method, when=_coin(method, p), combine=Amplified(method.combine, strength), text="")
 
 
 @recipe
@@ -89,8 +84,8 @@ def linear(start: float, end: float) -> Linear:
 
     p(t) = start + (end − start)·t/T.  Mean: p(T/2).
 
-    The paper's groups: through (T/2, m) and (0, 0) for m ≤ ½ is ``linear(0, 2m)``; through (T/2, m) and (T, 1) for m > ½ is
-    ``linear(2m − 1, 1)``; through (0, b) and (T/2, ½) is ``linear(b, 1 − b)``.
+    The paper's groups: through (T/2, m) and (0, 0) for m ≤ ½ is ``linear(0, 2m)``; through (T/2, m) and (T, 1) for m
+    > ½ is ``linear(2m − 1, 1)``; through (0, b) and (T/2, ½) is ``linear(b, 1 − b)``.
 
     Args:
         start: probability at the first step, in [0, 1].
@@ -133,3 +128,11 @@ def sine(flipped: bool = False) -> Sine:
         RST 2022, table 2 and figure 4.
     """
     return Sine(flipped)
+
+
+def _coin(method: Method, p: Probability) -> Coin:
+    if not isinstance(method, Method):
+        raise TypeError(f"the method of the sharp steps is {method!r}: give a recipe, as in rst(sam(), p=0.5)")
+    if isinstance(method.when, Coin):
+        raise ValueError(f"{method!r} flips a coin already: multiply the two probabilities instead")
+    return Coin(method.when, p)

@@ -30,8 +30,8 @@ def sam(rho: float = 0.05, p: float = 2.0, steps: int = 1, second_order: bool = 
     """Sharpness-aware minimization: descend along the gradient at the worst point of a ball around the weights.
 
     ε = ρ·sign(g₀)|g₀|^(q−1) / ‖g₀‖_q^(q/p), 1/p + 1/q = 1 (p = 2: ρ g₀/‖g₀‖; p = ∞: ρ sign(g₀));  d = g₁.
-    K inner steps: ε ← ε + (ρ/K)·(ascent of length 1 at w + ε); a path of K pieces of length ρ/K never leaves the ball, so
-    the projection onto it is the identity. Second-order term: d = g₁ + (ρ/‖g₀‖) H(w) (g₁ − ĝ₀(ĝ₀ᵀg₁)).
+    K inner steps: ε ← ε + (ρ/K)·(ascent of length 1 at w + ε); a path of K pieces of length ρ/K never leaves the
+    ball, so the projection onto it is the identity. Second-order term: d = g₁ + (ρ/‖g₀‖) H(w) (g₁ − ĝ₀(ĝ₀ᵀg₁)).
 
     Args:
         rho: radius of the ball in units of the weights. Default 0.05.
@@ -105,7 +105,8 @@ def m_sharpness(method: Method, m: int) -> Method:
 
     d = Σ_groups (m_group/B) d_group
 
-    On one device the running statistics of normalisation layers see each group once, as ranks see their own part.
+    Running statistics of normalisation layers see the first group only, as those of the first rank survive under data
+    parallelism.
 
     Args:
         method: the method that runs on each group.
@@ -120,6 +121,8 @@ def m_sharpness(method: Method, m: int) -> Method:
     Source:
         Foret et al. 2021, section 4.1.
     """
+    if not isinstance(method, Method):
+        raise TypeError(f"the method of the groups is {method!r}: give a recipe, as in m_sharpness(sam(), m=32)")
     checks.count(m=m)
     return replace(method, m=m)
 
@@ -132,7 +135,5 @@ def ascent(rho: float | Method) -> Method:
 def with_combine(name: str, method: Method, combine: Combine) -> Method:
     """Return the method with another combination, where it has none of its own."""
     if not isinstance(method.combine, Second):
-        raise ValueError(
-            f"{name} sets how the gradients are combined, but {method!r} combines by {method.combine!r}"
-        )
+        raise ValueError(f"{name} sets how the gradients are combined, but {method!r} combines by {method.combine!r}")
     return replace(method, combine=combine, text="")

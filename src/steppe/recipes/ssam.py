@@ -15,9 +15,10 @@ def ssam(rho: float | Method = 0.05, s: float = 0.5, n: int = 128, refresh: int 
 
     ε = SAM's ε ⊙ mask;  mask = global top 1 − s of Σᵢ (∇ℓᵢ)² over n examples;  d = g₁.
 
-    The paper refreshes by epochs, which an optimizer does not see; here ``refresh`` counts steps. The examples are those of
-    the step's own batch, each run alone with the running statistics of the normalisation layers. The mask is full until the
-    first refresh. It saves no time on dense hardware.
+    The paper refreshes by epochs, which an optimizer does not see; here ``refresh`` counts steps. The examples are
+    those of
+    the step's own batch, each run alone with the running statistics of the normalisation layers. The mask is full
+    until the first refresh. It saves no time on dense hardware.
 
     Args:
         rho: radius of SAM's ball, or a method whose ε is taken. Default 0.05.
@@ -42,8 +43,8 @@ def ssam(rho: float | Method = 0.05, s: float = 0.5, n: int = 128, refresh: int 
 def ssam_dynamic(rho: float | Method = 0.05, s: float = 0.5, drop: float = 0.5, refresh: int = 100) -> Method:
     """Sparse SAM by dynamic sparse training: the mask drops its flattest weights and regrows others at random.
 
-    ε = SAM's ε ⊙ mask of density 1 − s;  every ``refresh`` steps the share d_t = drop·(1 + cos(πt/T))/2 of the kept weights,
-    those of smallest |g₀|, is dropped and as many of the others regrown at random;  d = g₁.
+    ε = SAM's ε ⊙ mask of density 1 − s;  every ``refresh`` steps the share d_t = drop·(1 + cos(πt/T))/2 of the kept
+    weights, those of smallest |g₀|, is dropped and as many of the others regrown at random;  d = g₁.
 
     Args:
         rho: radius of SAM's ball, or a method whose ε is taken. Default 0.05.
@@ -52,7 +53,8 @@ def ssam_dynamic(rho: float | Method = 0.05, s: float = 0.5, drop: float = 0.5, 
         refresh: steps between two changes of the mask. Default 100.
 
     Raises:
-        ValueError: if s lies outside [0, 1), drop outside [0, 1], refresh < 1, or the method given has a mask of its own.
+        ValueError: if s lies outside [0, 1), drop outside [0, 1], refresh < 1, or the method given has a mask of its
+            own.
 
     Cost:
         2 propagations.
