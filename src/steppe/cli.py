@@ -10,7 +10,7 @@ from typing import Annotated, Any, Union
 
 import steppe
 from steppe.lab.config import Setting
-from steppe.lab.presets import GRIDS, METHODS, preset, preset_seeds
+from steppe.lab.presets import GRIDS, METHODS, preset, preset_jobs, preset_seeds
 
 __all__ = ["main"]
 
@@ -26,7 +26,8 @@ class Compare(Setting):
     All methods of a seed see the same initial weights, batches, augmentation and label noise. A command that
     was interrupted goes on where it stopped when it is given again.
 
-    Examples:
+    For instance:
+
         steppe compare
         steppe compare --methods sgd sam "rst(esam(rho=0.4), p=0.5)" --seeds 3
         steppe compare --data data/cifar10 --model wrn-16-8 --epochs 200 --out runs/wrn
@@ -39,15 +40,18 @@ class Compare(Setting):
     """Number of seeds."""
     out: Path = Path("runs")
     """Folder of the reports and the runs."""
-    threads: int | None = None
-    """Threads that torch computes with; None leaves it to torch."""
+    jobs: int = 1
+    """Processes to train in, each of which takes a seed at a time."""
+    threads: int = 1
+    """Threads that torch computes with in each process."""
 
 
 @dataclass(frozen=True)
 class Train(Setting):
     """Train one network with one method and one seed.
 
-    Examples:
+    For instance:
+
         steppe train --method "sam(rho=0.6)"
         steppe train --method esam --data data/cifar10 --seed 3
     """
@@ -58,8 +62,8 @@ class Train(Setting):
     """Fixes weights, batches, augmentation and label noise."""
     out: Path = Path("runs")
     """Folder in which the run's own folder is made."""
-    threads: int | None = None
-    """Threads that torch computes with; None leaves it to torch."""
+    threads: int = 1
+    """Threads that torch computes with."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,8 @@ class Tune(Setting):
 
     Test images take no part.
 
-    Examples:
+    For instance:
+
         steppe tune
         steppe tune --grids "sam(rho={0.1,0.2,0.4})" "gsam(rho={0.2,0.4}, alpha={0.1,0.4})" --seeds 5
     """
@@ -79,8 +84,10 @@ class Tune(Setting):
     """Number of seeds a candidate."""
     out: Path = Path("runs")
     """Folder of tuned.json, tuned.md and the runs."""
-    threads: int | None = None
-    """Threads that torch computes with; None leaves it to torch."""
+    jobs: int = 1
+    """Processes to train in, each of which takes a run at a time."""
+    threads: int = 1
+    """Threads that torch computes with in each process."""
 
 
 @dataclass(frozen=True)
@@ -131,16 +138,17 @@ def _parse(arguments: Sequence[str]) -> Command:
     data = next(iter(_values_of("--data", arguments)), "digits")
     setting = asdict(preset(data))
     out = Path("runs") / (Path(data).name or "images")
+    seeds, jobs, threads = preset_seeds(data), *preset_jobs(data)
     commands = {
-        "compare": Compare(**setting, seeds=preset_seeds(data), out=out),
-        "train": Train(**setting, out=out),
-        "tune": Tune(**setting, out=out.with_name(f"{out.name}-tune")),
+        "compare": Compare(**setting, seeds=seeds, out=out, jobs=jobs, threads=threads),
+        "train": Train(**setting, out=out, threads=threads),
+        "tune": Tune(**setting, out=out.with_name(f"{out.name}-tune"), jobs=jobs, threads=threads),
         "methods": Methods(),
     }
     subcommands: Any = tuple(
         Annotated[type(default), tyro.conf.subcommand(name, default=default)] for name, default in commands.items()
     )
-    description = "Train neural networks into flat minima, and compare the methods that do."
+    description = "Compare the methods that train neural networks into flat minima. (--version: its number)"
     parsed: Command = tyro.cli(
         Union[subcommands],  # noqa: UP007
         args=arguments,
@@ -176,13 +184,12 @@ def _run(command: Command, line: str) -> int:
     from steppe.lab.study import compare, configure, perform
     from steppe.lab.tune import tune, write_choice
 
-    if command.threads is not None:
-        if command.threads < 1:
-            raise ValueError(f"threads must be at least 1, got {command.threads}")
-        torch.set_num_threads(command.threads)
+    if command.threads < 1:
+        raise ValueError(f"threads must be at least 1, got {command.threads}")
+    torch.set_num_threads(command.threads)
     setting = Setting(**{field.name: getattr(command, field.name) for field in fields(Setting)})
     if isinstance(command, Tune):
-        candidates = tune(setting, command.grids, command.seeds, command.out)
+        candidates = tune(setting, command.grids, command.seeds, command.out, command.jobs)
         console.print(write_choice(candidates, command.out, line))
         console.print(f"written to {command.out / 'tuned.md'}")
         return 0 if all(candidate.accuracy for candidate in candidates) else FAILED
@@ -191,7 +198,7 @@ def _run(command: Command, line: str) -> int:
         console.print_json(data=runs[0].result)
         console.print(f"written to {runs[0].folder}")
     else:
-        runs = compare(setting, command.methods, command.seeds, command.out)
+        runs = compare(setting, command.methods, command.seeds, command.out, command.jobs)
         console.print(write_report(runs, command.out, line))
         console.print(f"written to {command.out / 'report.md'}")
     failures = [run.failure for run in runs if run.failure]

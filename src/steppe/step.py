@@ -131,13 +131,15 @@ class SharpnessAware(Optimizer):
         if picks is not None and not any(picks):
             return self._finite(self._run(source, None))
         picked = None if picks is None else [p for p, pick in zip(params, picks, strict=True) if pick]
+        squares = self._squares(source, params, perturb.fisher_examples(at.step))
         before = self._run(source, picked) if method.needs_first else None
         slopes: list[Tensor | None] = self._take(params)
-        moved = [p for p, g in zip(params, slopes, strict=True) if g is not None or not perturb.needs_g0]
-        at.memory.params = at.w = moved
+        climbs = [g is not None or not perturb.needs_g0 for g in slopes]
+        at.memory.params = at.w = moved = [p for p, climb in zip(params, climbs, strict=True) if climb]
         at.g0 = [g for g in slopes if g is not None]
+        at.squares = [t for t, climb in zip(squares, climbs, strict=True) if climb] if squares else []
+        at.names = self._names(moved, source) if perturb.needs_names else []
         at.spare = not combine.needs_g0
-        self._look_closer(at, source)
         if at.spare:
             slopes = [None] * len(params)
         home = vec.clone(moved)
@@ -185,14 +187,11 @@ class SharpnessAware(Optimizer):
         for p, direction in zip(at.w, combine(at, second), strict=True):
             p.grad = direction
 
-    def _look_closer(self, at: Point, source: Batch | Closure) -> None:
-        """Give ``perturb`` the names and squared gradients that it declares it needs."""
-        if self.method.perturb.needs_names:
-            at.names = self._names(at.w, source)
-        wanted = self.method.perturb.fisher_examples(at.step)
-        if wanted and isinstance(source, Batch):
-            at.squares = source.squares(at.w, wanted)
-            self.stats.count(min(wanted, source.size))
+    def _squares(self, source: Batch | Closure, params: Vec, wanted: int) -> Vec:
+        if not wanted or not isinstance(source, Batch):
+            return []
+        self.stats.count(min(wanted, source.size))
+        return source.squares(params, wanted)
 
     def _run(
         self, source: Batch | Closure, picked: Vec | None, *, rows: Tensor | None = None, again: bool = False

@@ -1,0 +1,1 @@
+"""The laboratory: trains the methods side by side and compares them honestly."""
