@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import nets
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer, RMSprop
 
+import nets
 import steppe
 
 torch.set_num_threads(1)
 
-TOTAL = 20
+TOTAL = 12
 EVERY = [
     "sgd()",
     "sam()",
@@ -82,7 +82,9 @@ def step(opt: steppe.SharpnessAware, model: nn.Module, data: Any, loss_fn: Any =
     """One step, with a second batch where the method takes one."""
     second = None
     if opt.method.needs_second:
-        second = steppe.Batch(model, loss_fn, tuple(t.flip(0) * t.new_tensor(0.9).to(t.dtype) for t in data[:1]) + data[1:])
+        second = steppe.Batch(
+            model, loss_fn, tuple(t.flip(0) * t.new_tensor(0.9).to(t.dtype) for t in data[:1]) + data[1:]
+        )
     return opt.step(steppe.Batch(model, loss_fn, data, **kwargs), second)
 
 
@@ -106,4 +108,6 @@ def snapshot(opt: steppe.SharpnessAware) -> Any:
     """A copy of the base's state and of the method's memories."""
     state = opt.state_dict()
     kept = [state["state"], state["steppe"]["memory"]]
-    return [{i: {n: t.clone() if isinstance(t, Tensor) else t for n, t in s.items()} for i, s in k.items()} for k in kept]
+    return [
+        {i: {n: t.clone() if isinstance(t, Tensor) else t for n, t in s.items()} for i, s in k.items()} for k in kept
+    ]

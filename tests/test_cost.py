@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from nets import losses, mlp
 from torch import nn
 
 import steppe
+from nets import losses, mlp
 
 # expression, cost as the papers state it at a batch of 12 and in the limit of many steps
 COSTS = {

@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
-from nets import convnet, losses, mlp, transformer
 
 import steppe
+from nets import convnet, losses, mlp, transformer
 
 NETS = {"mlp": mlp, "convnet": convnet, "transformer": transformer}
 BASES = {

@@ -52,7 +52,7 @@ def rooms_used(file: Path) -> set[str]:
 
 
 CORE = [file for file in FILES if room(file) not in ROOF]
-ids = dict(ids=lambda file: str(file.relative_to(ROOT)))
+ids = {"ids": lambda file: str(file.relative_to(ROOT))}
 
 
 @pytest.mark.parametrize("file", [f for f in CORE if room(f) in MAY], **ids)

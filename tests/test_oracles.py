@@ -7,10 +7,10 @@ import math
 
 import pytest
 import torch
-from nets import convnet, losses, mlp, transformer
 
 import reference
 import steppe
+from nets import convnet, losses, mlp, transformer
 from steppe.point import Memory, Point
 
 STEPS = 20

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
-from nets import losses, mlp
 
 import steppe
+from nets import losses, mlp
 from steppe.parts import FilterNoise, Masked
 from steppe.parts.perturb import Ascent
 from steppe.point import Memory, Point
@@ -113,5 +114,5 @@ def test_the_density_of_a_dynamic_mask_never_changes():
         opt.step(steppe.Batch(model, losses, batch))
         masks.append(torch.cat([opt.state[p]["mask"].flatten() for p in model.parameters()]))
         assert int(masks[-1].sum()) == round(0.7 * size)
-    changes = [int((a != b).sum()) for a, b in zip(masks, masks[1:], strict=False)]
+    changes = [int((a != b).sum()) for a, b in itertools.pairwise(masks)]
     assert changes[0] > changes[15] > changes[-1] >= 0

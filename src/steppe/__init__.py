@@ -2,6 +2,7 @@
 
 from importlib.metadata import version as _version
 
+from . import recipes
 from .batch import Batch
 from .method import Method
 from .recipes import (
@@ -56,6 +57,7 @@ __all__ = [
     "mixed_sam",
     "parse",
     "piecewise",
+    "recipes",
     "rst",
     "rwp",
     "sam",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 
+from . import vec
 from .vec import Vec
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -72,38 +73,38 @@ class Batch:
         losses = []
         with torch.enable_grad(), self._pass(again):
             for part in self._chunks(data, size):
-                each = self._losses(part, size)
-                (each.sum() / size).backward(inputs=params)  # type: ignore[no-untyped-call]
+                each = self._losses(part)
+                loss = each.mean() if len(each) == size else each.sum() / size
+                loss.backward(inputs=params)  # type: ignore[no-untyped-call]
                 losses.append(each.detach())
         return losses[0] if len(losses) == 1 else torch.cat(losses)
 
     def losses(self, *, again: bool = True) -> Tensor:
         """Return the losses of all examples without a gradient, shape (B,)."""
         with torch.no_grad(), self._pass(again):
-            return torch.cat([self._losses(part, self.size) for part in self._chunks(self.data, self.size)])
+            return torch.cat([self._losses(part) for part in self._chunks(self.data, self.size)])
 
     def product(self, params: Vec, direction: Vec) -> Vec:
         """Return the Hessian of the mean loss times ``direction``: double backward, the math attention kernel."""
         total = [torch.zeros_like(p) for p in params]
         with torch.enable_grad(), self._pass(True), sdpa_kernel(SDPBackend.MATH):
             for part in self._chunks(self.data, self.size):
-                loss = self._losses(part, self.size).sum() / self.size
+                loss = self._losses(part).sum() / self.size
                 slopes = torch.autograd.grad(loss, params, create_graph=True, materialize_grads=True)
                 along = torch.stack([(g * v).sum() for g, v in zip(slopes, direction, strict=True)]).sum()
-                for t, h in zip(total, torch.autograd.grad(along, params, allow_unused=True), strict=True):
-                    if h is not None:
-                        t.add_(h)
+                if along.requires_grad:
+                    vec.add_(total, torch.autograd.grad(along, params, materialize_grads=True))
         return total
 
     def squares(self, params: Vec, count: int) -> Vec:
         """Return ``Σᵢ (∇ℓᵢ)²`` over the first ``count`` examples, each run alone and in eval mode."""
         total = [torch.zeros_like(p) for p in params]
-        with torch.enable_grad(), self._pass(True), _evaluating(self.model):
+        with torch.enable_grad(), _kept_rng(self.device), self._pass(True), _evaluating(self.model):
             for i in range(min(count, self.size)):
-                loss = self._losses(_take(self.data, slice(i, i + 1), self.size), self.size).sum()
-                for t, g in zip(total, torch.autograd.grad(loss, params, allow_unused=True), strict=True):
-                    if g is not None:
-                        t.addcmul_(g, g)
+                loss = self._losses(_take(self.data, slice(i, i + 1), self.size)).sum()
+                slopes = torch.autograd.grad(loss, params, materialize_grads=True)
+                vec.mul_(slopes, slopes)
+                vec.add_(total, slopes)
         return total
 
     def groups(self, m: int) -> list[Batch]:
@@ -122,16 +123,18 @@ class Batch:
         """Return the name of each parameter of the model."""
         return {p: name for name, p in self.model.named_parameters()}
 
-    def _losses(self, data: Any, size: int) -> Tensor:
+    def _losses(self, data: Any) -> Tensor:
         if self.autocast is None:
             losses = self.loss_fn(self.model, data)
         else:
             with torch.autocast(self.device.type, self.autocast):
                 losses = self.loss_fn(self.model, data)
-        if not isinstance(losses, Tensor) or losses.ndim != 1 or len(losses) > size:
+        examples, _ = _extent(data)
+        if not isinstance(losses, Tensor) or losses.shape != (examples,):
             what = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
             raise TypeError(
-                f"loss_fn returned {what}: return one loss an example, shape (B,), as reduction='none' does"
+                f"loss_fn returned {what} for {examples} examples: return one loss an example, shape (B,), "
+                "as reduction='none' does"
             )
         return losses
 
@@ -152,8 +155,9 @@ class Batch:
             if not again:
                 self._before = _rng_states(self.device)
             elif self._before is not None:
-                stack.callback(_set_rng_states, _rng_states(self.device), self.device)
+                stack.enter_context(_kept_rng(self.device))
                 _set_rng_states(self._before, self.device)
+            torch.clear_autocast_cache()  # an outer autocast would go on with its casts of other weights
             yield
 
 
@@ -170,18 +174,26 @@ class Closure:
 
     def __init__(self, closure: Callable[[], Any], trainable: Vec, *, repeats: bool) -> None:
         self.closure, self.trainable, self.repeats = closure, trainable, repeats
+        self._before: list[Tensor] = []
 
     def backward(self, params: Vec | None, *, rows: Tensor | None = None, again: bool = False) -> Tensor:
         """Call the closure and return its loss, shape (1,); weight gradients outside ``params`` are not computed."""
         with torch.enable_grad(), ExitStack() as stack:
             if self.repeats:
                 stack.callback(nn.modules.module.register_module_forward_pre_hook(_refuse_statistics).remove)
+            device = self.trainable[0].device
+            if not again:
+                self._before = _rng_states(device)
+            else:
+                stack.enter_context(_kept_rng(device))
+                _set_rng_states(self._before, device)
             if params:
                 wanted = {id(p) for p in params}
                 for p in self.trainable:
                     if id(p) not in wanted:
                         stack.callback(p.requires_grad_, True)
                         p.requires_grad_(False)
+            torch.clear_autocast_cache()
             loss = self.closure()
         if loss is None:
             raise TypeError("the closure returned None: return the loss after calling backward on it")
@@ -250,6 +262,16 @@ def _take(data: Any, rows: Tensor | slice, size: int) -> Any:
         parts = [_take(value, rows, size) for value in data]
         return type(data)(*parts) if hasattr(data, "_fields") else type(data)(parts)  # type: ignore[call-arg]
     return data
+
+
+@contextmanager
+def _kept_rng(device: torch.device) -> Iterator[None]:
+    """Leave the global generators as they were found."""
+    states = _rng_states(device)
+    try:
+        yield
+    finally:
+        _set_rng_states(states, device)
 
 
 def _rng_states(device: torch.device) -> list[Tensor]:

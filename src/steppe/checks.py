@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 
 def non_negative(**values: float) -> None:
     """Refuse a value that is negative, infinite or not a number."""
-    for name, value in values.items():
-        if not _is_number(value) or not 0 <= value < math.inf:
-            raise ValueError(f"{name}={value!r} must be a finite number ≥ 0")
+    _within("be a finite number ≥ 0", values, lambda x: x >= 0)
 
 
 def finite(**values: float) -> None:
     """Refuse a value that is infinite or not a number."""
-    for name, value in values.items():
-        if not _is_number(value) or not math.isfinite(value):
-            raise ValueError(f"{name}={value!r} must be a finite number")
+    _within("be a finite number", values, lambda x: True)
 
 
 def share(**values: float) -> None:
     """Refuse a value outside (0, 1]."""
-    for name, value in values.items():
-        if not _is_number(value) or not 0 < value <= 1:
-            raise ValueError(f"{name}={value!r} must lie in (0, 1]")
+    _within("lie in (0, 1]", values, lambda x: 0 < x <= 1)
 
 
 def probability(**values: float) -> None:
     """Refuse a value outside [0, 1]."""
+    _within("lie in [0, 1]", values, lambda x: 0 <= x <= 1)
+
+
+def below_one(**values: float) -> None:
+    """Refuse a value outside [0, 1)."""
+    _within("lie in [0, 1)", values, lambda x: 0 <= x < 1)
+
+
+def above_one(**values: float) -> None:
+    """Refuse a value that is not > 1; infinity is allowed."""
     for name, value in values.items():
-        if not _is_number(value) or not 0 <= value <= 1:
-            raise ValueError(f"{name}={value!r} must lie in [0, 1]")
+        if not _is_number(value) or not value > 1:
+            raise ValueError(f"{name}={value!r} must be a number > 1, or inf")
 
 
 def count(**values: int) -> None:
@@ -40,5 +45,24 @@ def count(**values: int) -> None:
             raise ValueError(f"{name}={value!r} must be a whole number ≥ 1")
 
 
+def flag(**values: bool) -> None:
+    """Refuse a value that is neither True nor False."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r} must be True or False")
+
+
+def _within(what: str, values: dict[str, float], holds: Callable[[float], bool]) -> None:
+    for name, value in values.items():
+        if not _is_number(value) or not math.isfinite(value) or not holds(value):
+            raise ValueError(f"{name}={value!r} must {what}")
+
+
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ParamSpec, TypeVar
@@ -125,15 +126,30 @@ def recipe(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def build(*args: P.args, **kwargs: P.kwargs) -> T:
-        value: Any = function(*args, **kwargs)
-        given = signature.bind(*args, **kwargs).arguments
+        given = signature.bind(*args, **kwargs)
+        given.arguments = {name: _plain(value) for name, value in given.arguments.items()}
+        value: Any = function(*given.args, **given.kwargs)
         words = []
-        for name, parameter in signature.parameters.items():
-            if name not in given or (given[name] == parameter.default and parameter.default is not parameter.empty):
-                continue
-            required = parameter.default is parameter.empty
-            words.append(repr(given[name]) if required else f"{name}={given[name]!r}")
+        for name, argument in given.arguments.items():
+            default = signature.parameters[name].default
+            if default is inspect.Parameter.empty:
+                words.append(_word(argument))
+            elif argument != default:
+                words.append(f"{name}={_word(argument)}")
         built: T = replace(value, text=f"{function.__name__}({', '.join(words)})")
         return built
 
     return build
+
+
+def _plain(value: Any) -> Any:
+    """Return the Python number of a number of another library, and everything else as it is."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def _word(value: Any) -> str:
+    """Return the one way to write an argument: 1 and 1.0 are the same."""
+    whole = isinstance(value, float) and value.is_integer() and abs(value) < 1e15
+    return repr(int(value)) if whole else repr(value)

@@ -25,23 +25,37 @@ class Memory:
     Args:
         state: the optimizer's state, from a parameter to its named tensors.
         params: the parameters in the order of the vectors read and written.
+        pending: what the step has written; it counts at once, and is kept when the step has succeeded.
     """
 
     state: State
     params: Vec
+    pending: dict[Tensor, dict[str, Any]] = field(default_factory=dict)
 
     def __contains__(self, name: str) -> bool:
-        return any(name in self.state[p] for p in self.params if p in self.state)
+        return any(self._find(p, name) is not None for p in self.params)
 
     def read(self, name: str, default: Callable[[Tensor], Tensor] = torch.zeros_like) -> Vec:
         """Return the vector of that name, ``default(parameter)`` where a parameter has none yet."""
-        found = (self.state[p].get(name) if p in self.state else None for p in self.params)
+        found = (self._find(p, name) for p in self.params)
         return [default(p.detach()) if t is None else t for p, t in zip(self.params, found, strict=True)]
 
     def write(self, name: str, vector: Vec) -> None:
-        """Keep ``vector`` under that name."""
+        """Keep ``vector`` under that name, if the step succeeds."""
         for p, t in zip(self.params, vector, strict=True):
-            self.state.setdefault(p, {})[name] = t
+            self.pending.setdefault(p, {})[name] = t
+
+    def commit(self) -> None:
+        """Keep what was written."""
+        for p, named in self.pending.items():
+            self.state.setdefault(p, {}).update(named)
+
+    def _find(self, p: Tensor, name: str) -> Tensor | None:
+        for place in (self.pending, self.state):
+            if p in place and name in place[p]:
+                found: Tensor = place[p][name]
+                return found
+        return None
 
 
 @dataclass

@@ -104,7 +104,6 @@ class SharpnessAware(Optimizer):
         self.base.step()
         self.stats.steps += 1
         self.stats.examples += source.size
-        self.stats.sharp += bool(rho)
         return loss
 
     def _accumulate(self, weight: float, loss: Tensor, sums: dict[Tensor, Tensor]) -> Tensor:
@@ -119,7 +118,8 @@ class SharpnessAware(Optimizer):
         method, params = self.method, self._trainable()
         perturb, combine, select = method.perturb, method.combine, method.select
         at = self._point(params, group)
-        self._clear(params)
+        for p in self._params():
+            p.grad = None
         if not rho:
             loss = self._finite(self._run(source, None))
             if rho is None:
@@ -162,6 +162,8 @@ class SharpnessAware(Optimizer):
             vec.copy_(moved, home)
         loss = self._finite(after if before is None else before, after)
         self._combine(at, params, slopes, self._take(params), source)
+        at.memory.commit()
+        self.stats.sharp += group == 0
         return loss
 
     def _combine(
@@ -219,6 +221,8 @@ class SharpnessAware(Optimizer):
         if self.method.needs_second != (second is not None):
             takes = "takes a second batch: opt.step(batch, second)" if second is None else "takes no second batch"
             raise ValueError(f"{self.method!r} {takes}")
+        if second is not None and not isinstance(second, Batch):
+            raise TypeError(f"the second batch is {type(second).__name__}: give a steppe.Batch(model, loss_fn, batch)")
         if isinstance(closure, Batch):
             return closure
         if not callable(closure):
@@ -245,12 +249,10 @@ class SharpnessAware(Optimizer):
         return Point(self.stats.steps, self.total_steps, lr, peak, self.seed, group, Memory(self.state, params))
 
     def _trainable(self) -> Vec:
-        return [p for group in self.base.param_groups for p in group["params"] if p.requires_grad]
+        return [p for p in self._params() if p.requires_grad]
 
-    @staticmethod
-    def _clear(params: Vec) -> None:
-        for p in params:
-            p.grad = None
+    def _params(self) -> Vec:
+        return [p for group in self.base.param_groups for p in group["params"]]
 
     @staticmethod
     def _take(params: Vec) -> list[Tensor | None]:

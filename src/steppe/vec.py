@@ -33,8 +33,8 @@ def dot(u: Sequence[Tensor], v: Sequence[Tensor]) -> Tensor:
 
 
 def over(numerator: float, denominator: Tensor) -> Tensor:
-    """Return ``numerator / denominator``, and 0 where the denominator is 0 (a vanishing gradient has no direction)."""
-    return torch.where(denominator > 0, numerator / denominator, torch.zeros_like(denominator))
+    """Return ``numerator / denominator``, finite where the denominator is 0: a vanishing gradient has no direction."""
+    return numerator / denominator.clamp_min(torch.finfo(denominator.dtype).tiny)
 
 
 def clone(u: Sequence[Tensor]) -> Vec:
@@ -84,5 +84,4 @@ def axpy(c: Tensor | float, x: Vec, y: Vec) -> Vec:
 
 def reject(u: Vec, v: Vec) -> Vec:
     """Return the part of ``u`` orthogonal to ``v``: ``u − (uᵀv̂) v̂``; ``u`` itself where ``v = 0``."""
-    square = dot(v, v)
-    return axpy(torch.where(square > 0, -dot(u, v) / square, torch.zeros_like(square)), v, u)
+    return axpy(dot(u, v) * over(-1.0, dot(v, v)), v, u)

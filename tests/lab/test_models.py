@@ -20,9 +20,7 @@ TINY = {  # the narrowest width that still shows every part of the network, and 
 def tiny(name, **options):
     torch.manual_seed(0)
     width, size = TINY[name]
-    return build(name, size=size, width=width, **options), torch.randn(
-        2, options.get("channels", 3), size, size
-    )
+    return build(name, size=size, width=width, **options), torch.randn(2, options.get("channels", 3), size, size)
 
 
 def parameters(name, **options):
@@ -158,9 +156,7 @@ def test_vit_attends_to_where_the_patches_are():
     assert not torch.allclose(network(images), network(images.flip(3).flip(2)))
 
 
-@pytest.mark.parametrize(
-    ("asked", "near"), [("resnet", "resnet18"), ("WRN-28-10", "wrn-28-10"), ("ViT-Ti", "vit")]
-)
+@pytest.mark.parametrize(("asked", "near"), [("resnet", "resnet18"), ("WRN-28-10", "wrn-28-10"), ("ViT-Ti", "vit")])
 def test_unknown_name_lists_the_names_and_the_nearest(asked, near):
     with pytest.raises(ValueError, match=f"did you mean '{near}'") as error:
         build(asked)

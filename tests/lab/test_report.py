@@ -101,7 +101,9 @@ def test_names_of_close_points_do_not_overlap():
         axes.errorbar(x, y, yerr=half)
     axes.margins(0.2)
     plots._label(figure, axes, names, marks)
+    figure.canvas.draw()
     boxes = [Text.get_window_extent(child) for child in axes.get_children() if isinstance(child, Annotation)]
     assert len(boxes) == len(names)
     for number, one in enumerate(boxes):
-        assert all(plots._area(one, other) == 0 for other in boxes[number + 1 :])
+        assert all(plots._area(one, other) < 1 for other in boxes[number + 1 :])
+        assert plots._area(one, axes.get_window_extent()) == pytest.approx(one.width * one.height)

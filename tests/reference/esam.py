@@ -50,18 +50,14 @@ class ESAM(Reference):
 class SWP(ESAM):
     """ESAM's perturbation, every example."""
 
-    def __init__(
-        self, model: nn.Module, base: torch.optim.Optimizer, rho: float = 0.05, beta: float = 0.6
-    ) -> None:
+    def __init__(self, model: nn.Module, base: torch.optim.Optimizer, rho: float = 0.05, beta: float = 0.6) -> None:
         super().__init__(model, base, rho, beta, gamma=1.0)
 
 
 class SDS(ESAM):
     """ESAM's selection, SAM's perturbation."""
 
-    def __init__(
-        self, model: nn.Module, base: torch.optim.Optimizer, rho: float = 0.05, gamma: float = 0.5
-    ) -> None:
+    def __init__(self, model: nn.Module, base: torch.optim.Optimizer, rho: float = 0.05, gamma: float = 0.5) -> None:
         super().__init__(model, base, rho, 1.0, gamma)
 
     def direction(self, losses: Losses, batch: Data, **draws: Any) -> Tensors:

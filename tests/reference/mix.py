@@ -33,9 +33,7 @@ class Mixing(Reference):
 class MixedSAM(Mixing):
     """d = alpha g0 + (1 - alpha) g1 (RWP paper 4.7)."""
 
-    def __init__(
-        self, model: nn.Module, base: torch.optim.Optimizer, rho: float = 0.05, alpha: float = 0.2
-    ) -> None:
+    def __init__(self, model: nn.Module, base: torch.optim.Optimizer, rho: float = 0.05, alpha: float = 0.2) -> None:
         super().__init__(model, base, rho)
         self.alpha = alpha
 
@@ -46,9 +44,7 @@ class MixedSAM(Mixing):
 class GNR(Mixing):
     """d = (1 - s) g0 + s g1, s = gamma / rho (Zhao 2022)."""
 
-    def __init__(
-        self, model: nn.Module, base: torch.optim.Optimizer, rho: float = 0.05, strength: float = 1.0
-    ) -> None:
+    def __init__(self, model: nn.Module, base: torch.optim.Optimizer, rho: float = 0.05, strength: float = 1.0) -> None:
         super().__init__(model, base, rho)
         self.strength = strength
 
@@ -95,9 +91,7 @@ class GSAMMinFH(GSAM):
 class GSAMPenalty(Mixing):
     """min(f_p + lam h): d = g1 + lam (g1 - g0)."""
 
-    def __init__(
-        self, model: nn.Module, base: torch.optim.Optimizer, rho: float = 0.05, *, lam: float
-    ) -> None:
+    def __init__(self, model: nn.Module, base: torch.optim.Optimizer, rho: float = 0.05, *, lam: float) -> None:
         super().__init__(model, base, rho)
         self.lam = lam
 

@@ -16,9 +16,7 @@ class RWP(Reference):
     With alpha = 0 pass one is not run, and the perturbed pass moves the statistics.
     """
 
-    def __init__(
-        self, model: nn.Module, base: torch.optim.Optimizer, gamma: float = 0.01, alpha: float = 0.5
-    ) -> None:
+    def __init__(self, model: nn.Module, base: torch.optim.Optimizer, gamma: float = 0.01, alpha: float = 0.5) -> None:
         super().__init__(model, base)
         self.gamma, self.alpha = gamma, alpha
 

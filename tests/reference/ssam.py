@@ -98,9 +98,7 @@ class SSAMDynamic(SSAM):
         mask[out[score[out].argsort(descending=True)[:n]]] = 1
         self.mask = shaped(mask, self.params)
 
-    def direction(
-        self, losses: Losses, batch: Data, *, scores: Tensors | None = None, **draws: Any
-    ) -> Tensors:
+    def direction(self, losses: Losses, batch: Data, *, scores: Tensors | None = None, **draws: Any) -> Tensors:
         g0 = self.gradient(losses, batch)
         if self.t > 0 and self.t % self.refresh == 0:
             assert scores is not None

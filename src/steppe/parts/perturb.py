@@ -22,8 +22,7 @@ class Ascent(Perturb):
     steps: int = 1
 
     def __post_init__(self) -> None:
-        if not self.p > 1:
-            raise ValueError(f"p={self.p!r} must be > 1 (inf included): the ball's norm, 2 for SAM")
+        checks.above_one(p=self.p)
         checks.count(steps=self.steps)
 
     @property
@@ -49,6 +48,7 @@ class Adaptive(Perturb):
 
     def __post_init__(self) -> None:
         checks.non_negative(eta=self.eta)
+        checks.flag(by_name=self.needs_names)
 
     def __call__(self, at: Point, rho: float) -> Vec:
         chosen = ["weight" in name for name in at.names] if self.needs_names else [w.ndim >= 2 for w in at.w]

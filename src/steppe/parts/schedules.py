@@ -75,6 +75,9 @@ class Cosine(Schedule):
     flipped: bool = False
     text: str = field(default="", compare=False)
 
+    def __post_init__(self) -> None:
+        checks.flag(flipped=self.flipped)
+
     def __call__(self, progress: float) -> float:
         p = 0.5 + 0.5 * math.cos(math.pi * progress)
         return 1 - p if self.flipped else p
@@ -89,6 +92,9 @@ class Sine(Schedule):
 
     flipped: bool = False
     text: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        checks.flag(flipped=self.flipped)
 
     def __call__(self, progress: float) -> float:
         p = math.sin(math.pi * progress)

@@ -120,8 +120,7 @@ class DynamicSparse(Perturb):
 
 
 def _check(inner: Perturb, s: float, refresh: int) -> None:
-    if not 0 <= s < 1:
-        raise ValueError(f"s={s!r} must lie in [0, 1): the share of the weights that is left unperturbed")
+    checks.below_one(s=s)
     checks.count(refresh=refresh)
     if inner.keeps_memory or inner.share < 1:
         raise ValueError(f"a mask over single weights cannot be laid over {inner!r}, which has a mask of its own")

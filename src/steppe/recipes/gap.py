@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from .. import checks
 from ..method import Method, recipe
 from ..parts import Always, Amplified, FollowLR, LossFirst, Orthogonal, Second
 from .sam import ascent, with_combine
@@ -57,6 +58,7 @@ def gsam(rho: float | Method = 0.05, alpha: float = 0.4, rho_min: float | None =
     Source:
         Zhuang et al. 2022 (GSAM), algorithm 1.
     """
+    checks.non_negative(lr_min=lr_min)
     method = with_combine("gsam", ascent(rho), Orthogonal(alpha))
     if rho_min is None:
         return method
@@ -108,4 +110,5 @@ def gsam_penalty(rho: float | Method = 0.05, lam: float = 0.4) -> Method:
     Source:
         Zhuang et al. 2022, section 6.4 and table 2, min(f_p + λh).
     """
+    checks.finite(lam=lam)
     return with_combine("gsam_penalty", ascent(rho), Amplified(Second(), 1 + lam))

@@ -35,6 +35,7 @@ def rwp(gamma: float = 0.01, alpha: float = 0.5, other: bool = False) -> Method:
         Li et al. 2022 (RWP), eq. 4 and algorithm 1.
     """
     checks.non_negative(gamma=gamma)
+    checks.flag(other=other)
     if other and alpha == 0:
         raise ValueError("other=True takes a second batch beside the first, but alpha=0 runs no pass on the first")
     return Method(Always(gamma), FilterNoise(), Mix(alpha), Another() if other else None)

@@ -48,9 +48,10 @@ def sam(rho: float = 0.05, p: float = 2.0, steps: int = 1, second_order: bool = 
     Source:
         Foret et al. 2021, eq. 2 and appendices C.3 and C.5.
     """
+    checks.flag(second_order=second_order)
     if second_order and (p != 2 or steps != 1):
         raise ValueError(f"second_order=True is stated for p=2 and steps=1, not for p={p!r}, steps={steps!r}")
-    return Method(Always(rho), Ascent(float(p), steps), SecondOrder() if second_order else Second())
+    return Method(Always(rho), Ascent(p, steps), SecondOrder() if second_order else Second())
 
 
 @recipe
@@ -63,7 +64,7 @@ def asam(rho: float = 0.5, eta: float = 0.01, by_name: bool = False) -> Method:
         rho: radius of the ball, without unit. Default 0.5.
         eta: η, what keeps T away from 0, in units of the weights. Default 0.01.
         by_name: False: tensors of two dimensions and more are adaptive. True: those with "weight" in their name, so the
-            scales of normalisation layers too, as in the authors' code.
+            scales of normalisation layers too, as in the authors' code. Default False.
 
     Raises:
         ValueError: if rho < 0 or eta < 0.
@@ -124,6 +125,8 @@ def m_sharpness(method: Method, m: int) -> Method:
     if not isinstance(method, Method):
         raise TypeError(f"the method of the groups is {method!r}: give a recipe, as in m_sharpness(sam(), m=32)")
     checks.count(m=m)
+    if method.m is not None:
+        raise ValueError(f"m={m!r}, but {method!r} is cut into groups already: give m once")
     return replace(method, m=m)
 
 

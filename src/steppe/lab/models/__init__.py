@@ -29,9 +29,7 @@ _NETWORKS: dict[str, tuple[Callable[..., nn.Module], int]] = {  # with the small
 NAMES = tuple(_NETWORKS)
 
 
-def build(
-    name: str, *, classes: int = 10, channels: int = 3, size: int = 32, width: int | None = None
-) -> nn.Module:
+def build(name: str, *, classes: int = 10, channels: int = 3, size: int = 32, width: int | None = None) -> nn.Module:
     """Build a freshly initialised network that maps images (B, channels, size, size) to logits (B, classes).
 
     Args:
@@ -50,17 +48,13 @@ def build(
     """
     if name not in _NETWORKS:
         near = get_close_matches(name.lower(), NAMES, n=1, cutoff=0)[0]
-        raise ValueError(
-            f"build: unknown network {name!r}; did you mean {near!r}? The names are {', '.join(NAMES)}"
-        )
+        raise ValueError(f"build: unknown network {name!r}; did you mean {near!r}? The names are {', '.join(NAMES)}")
     for what, number in {"classes": classes, "channels": channels, "width": width}.items():
         if number is not None and number < 1:
             raise ValueError(f"build: {what} of {name} must be at least 1, got {number}")
     network, smallest = _NETWORKS[name]
     if size < smallest:
-        raise ValueError(
-            f"build: {name} needs images of at least {smallest}×{smallest} pixels, got size {size}"
-        )
+        raise ValueError(f"build: {name} needs images of at least {smallest}×{smallest} pixels, got size {size}")
     options = {"classes": classes, "channels": channels}
     if width is not None:
         options["width"] = width

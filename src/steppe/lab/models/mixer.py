@@ -38,9 +38,7 @@ class Mixer(nn.Module):
         if width < 2 or width % 2:
             raise ValueError(f"Mixer: width must be positive and even, got {width}")
         if size < patch or size % patch:
-            raise ValueError(
-                f"Mixer: the image side must be a positive multiple of the patch {patch}, got {size}"
-            )
+            raise ValueError(f"Mixer: the image side must be a positive multiple of the patch {patch}, got {size}")
         self.embed = nn.Conv2d(channels, width, patch, stride=patch)
         self.blocks = nn.Sequential(*(_Block((size // patch) ** 2, width) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)

@@ -41,13 +41,9 @@ class ViT(nn.Module):
     ) -> None:
         super().__init__()
         if width < _HEAD or width % _HEAD:
-            raise ValueError(
-                f"ViT: width must be a positive multiple of {_HEAD}, the size of a head, got {width}"
-            )
+            raise ValueError(f"ViT: width must be a positive multiple of {_HEAD}, the size of a head, got {width}")
         if size < patch or size % patch:
-            raise ValueError(
-                f"ViT: the image side must be a positive multiple of the patch {patch}, got {size}"
-            )
+            raise ValueError(f"ViT: the image side must be a positive multiple of the patch {patch}, got {size}")
         self.embed = nn.Conv2d(channels, width, patch, stride=patch)
         self.token = nn.Parameter(torch.zeros(1, 1, width))
         self.positions = nn.Parameter(torch.empty(1, (size // patch) ** 2 + 1, width))

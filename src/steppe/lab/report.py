@@ -1,0 +1,216 @@
+"""What a comparison found: the table, in the terminal and as Markdown, and the figures behind it."""
+
+import datetime
+import json
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+import steppe
+from steppe.lab.files import write
+from steppe.lab.plots import Curve, Point, accuracy_against_cost, curves
+from steppe.lab.run import Run
+from steppe.lab.stats import Difference, Estimate, difference, estimate
+
+__all__ = ["Row", "machine", "markdown", "rows", "table", "write_report"]
+
+MISSING = "—"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the finished runs of one method say. Shares are in [0, 1]; None stands for what is not known."""
+
+    method: str
+    accuracy: Estimate | None
+    difference: Difference | None
+    """Accuracy less the baseline's, over the seeds that both have."""
+    propagations: float | None
+    """Propagations a step, as counted."""
+    time: float | None
+    """Median, over seeds and epochs, of the seconds a step over the baseline's in the same epoch."""
+    memory: int | None
+    """Peak bytes of a training step."""
+    failures: tuple[str, ...]
+
+
+def rows(runs: Sequence[Run]) -> list[Row]:
+    """One row a method, in the order of the runs; the baseline is sgd if it is there, else the first."""
+    by_method: dict[str, list[Run]] = {}
+    for run in runs:
+        by_method.setdefault(run.config.method, []).append(run)
+    baseline = by_method.get("sgd()") or next(iter(by_method.values()))
+    return [_row(method, group, baseline) for method, group in by_method.items()]
+
+
+def _row(method: str, runs: Sequence[Run], baseline: Sequence[Run]) -> Row:
+    failures = tuple(run.failure for run in runs if run.failure)
+    accuracies = _accuracies(runs)
+    if not accuracies:
+        return Row(method, None, None, None, None, None, failures)
+    results = [run.result for run in runs if run.result and run.accuracy is not None]
+    return Row(
+        method,
+        estimate(list(accuracies.values())),
+        None if runs is baseline else difference(accuracies, _accuracies(baseline)),
+        statistics.fmean(result["propagations"] for result in results),
+        _time(runs, baseline),
+        results[0]["peak_memory"],
+        failures,
+    )
+
+
+def _accuracies(runs: Sequence[Run]) -> dict[int, float]:
+    return {run.config.seed: run.accuracy for run in runs if run.accuracy is not None}
+
+
+def _time(runs: Sequence[Run], baseline: Sequence[Run]) -> float | None:
+    seconds = {(run.config.seed, record["epoch"]): record["seconds"] for run in baseline for record in run.records}
+    ratios = [
+        record["seconds"] / seconds[key]
+        for run in runs
+        for record in run.records
+        if (key := (run.config.seed, record["epoch"])) in seconds
+    ]
+    return statistics.median(ratios) if ratios else None
+
+
+HEADER = (
+    "method",
+    "test accuracy (%)",
+    "seeds",
+    "difference to {baseline}",
+    "propagations / step",
+    "time / step (× {baseline})",
+    "peak memory (MB)",
+)
+
+
+LEGEND = """
+± is half a 95 % t-interval over seeds; differences are paired by seed, p is two-sided (paired t-test).
+A propagation is one forward and one backward pass over the batch.
+Time is the median ratio over epochs run at the same moment.
+Peak memory is that of a training step: weights, gradients, optimizer state, activations and the batch.
+
+"""
+
+
+def _cells(found: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    baseline = next((row.method for row in found if row.method == "sgd()"), found[0].method)
+    header = [title.format(baseline=baseline.removesuffix("()")) for title in HEADER]
+    return header, [_texts(row) for row in found]
+
+
+def _texts(row: Row) -> list[str]:
+    if row.accuracy is None:
+        return [row.method, "failed", "0", *[MISSING] * 4]
+    return [
+        row.method,
+        percent(row.accuracy),
+        str(row.accuracy.n) + (f" ({len(row.failures)} failed)" if row.failures else ""),
+        MISSING if row.difference is None else _difference(row.difference),
+        MISSING if row.propagations is None else f"{row.propagations:.2f}",
+        MISSING if row.time is None else f"{row.time:.2f}",
+        MISSING if row.memory is None else f"{row.memory / 1e6:.1f}",
+    ]
+
+
+def percent(share: Estimate) -> str:
+    """A share as per cent, with half its interval where there is one."""
+    return f"{100 * share.mean:.2f}" + ("" if share.half is None else f" ± {100 * share.half:.2f}")
+
+
+def _difference(value: Difference) -> str:
+    text = f"{100 * value.mean:+.2f}"
+    if value.half is None or value.p is None:
+        return text
+    return f"{text} ± {100 * value.half:.2f} ({'p < 0.001' if value.p < 0.001 else f'p = {value.p:.3f}'})"
+
+
+def table(header: Sequence[str], body: Sequence[Sequence[str]]) -> Table:
+    """A table for the terminal, its first column to the left and the others to the right."""
+    result = Table(box=SIMPLE_HEAD)
+    for number, title in enumerate(header):
+        result.add_column(title, justify="right" if number else "left")
+    for cells in body:
+        result.add_row(*cells)
+    return result
+
+
+def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """The same table in Markdown."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    lines = ("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in (header, rule, *body))
+    return "\n".join(lines) + "\n"
+
+
+def write_report(runs: Sequence[Run], out: Path, command: str) -> Table:
+    """Write report.md, report.png, curves.png and runs.jsonl into `out`, and return the terminal's table.
+
+    Args:
+        runs: finished runs.
+        out: folder of the study.
+        command: the command line that made them.
+
+    Raises:
+        OSError: if a file cannot be written.
+    """
+    found = rows(runs)
+    header, body = _cells(found)
+    lines = (json.dumps({**asdict(run.config), **(run.result or {})}) + "\n" for run in runs)
+    write(out / "runs.jsonl", "".join(lines))
+    points = [
+        Point(row.method, row.propagations, row.accuracy)
+        for row in found
+        if row.accuracy is not None and row.propagations is not None
+    ]
+    pictures = ""
+    if points:
+        write(out / "report.png", accuracy_against_cost(points))
+        write(out / "curves.png", curves([_curve(row.method, runs) for row in found if row.accuracy]))
+        pictures = "![Test accuracy against cost](report.png)\n\n![Training curves](curves.png)\n\n"
+    failures = "".join(f"- failed: {failure}\n" for row in found for failure in row.failures)
+    write(
+        out / "report.md",
+        f"# Comparison on {Path(runs[0].config.data).name}\n\n"
+        + markdown(header, body)
+        + LEGEND
+        + (failures + "\n" if failures else "")
+        + pictures
+        + f"    {command}\n\n{datetime.date.today().isoformat()}, {machine()}.\n",
+    )
+    return table(header, body)
+
+
+def _curve(method: str, runs: Sequence[Run]) -> Curve:
+    good = [run for run in runs if run.config.method == method and run.accuracy is not None]
+    return Curve(
+        method,
+        *(
+            [(record["epoch"], record[name]) for run in good for record in run.records if name in record]
+            for name in ("train_loss", "test_accuracy")
+        ),
+    )
+
+
+def machine() -> str:
+    """What the figures were made on: processor, cores, threads, versions."""
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as info:
+            name = next((line.split(":", 1)[1].strip() for line in info if line.startswith("model name")), name)
+    except OSError:
+        pass
+    if torch.cuda.is_available():
+        name = f"{torch.cuda.get_device_name()}, {name}"
+    return (
+        f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        f"steppe {steppe.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+    )

@@ -1,0 +1,96 @@
+"""Many runs in one go."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import steppe
+from steppe.lab.config import Config, Setting
+from steppe.lab.jobs import lockstep, spread
+from steppe.lab.progress import Display
+from steppe.lab.run import Run
+from steppe.lab.train import Training
+
+__all__ = ["compare", "configure", "perform"]
+
+
+def configure(setting: Setting, method: str, seed: int, validation: float = 0.0) -> Config:
+    """The run of a method and a seed in a setting.
+
+    Args:
+        setting: what all runs share.
+        method: expression of the method; the run keeps `repr` of it, so that one method has one name.
+        seed: of the run.
+        validation: share of the training images that is held out and evaluated on.
+
+    Raises:
+        ValueError: if the method does not parse, or a value is out of its range.
+    """
+    values = {**asdict(setting), "method": repr(steppe.parse(method)), "seed": seed, "validation": validation}
+    return Config(**values)
+
+
+def compare(setting: Setting, methods: Sequence[str], seeds: int, out: Path, jobs: int = 1) -> list[Run]:
+    """Train every method with every seed, all methods of a seed an epoch at a time in turn.
+
+    So the seconds of a method's epoch stand beside those of the other methods at the same moment, and what
+    slows the machine down for a while slows all of them.
+
+    Args:
+        setting: what all runs share.
+        methods: expressions of the methods; one that occurs twice runs once.
+        seeds: number of seeds, 0 to seeds - 1.
+        out: folder of the study.
+        jobs: number of processes, each of which takes a seed at a time.
+
+    Returns:
+        The finished runs, seed by seed in the order of the methods.
+
+    Raises:
+        ValueError: if a method does not parse, there is none, or a value is out of its range.
+        OSError: if a file cannot be written.
+    """
+    if seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {seeds}")
+    if not methods:
+        raise ValueError("no method to compare: name at least one, such as sam")
+    names = dict.fromkeys(repr(steppe.parse(method)) for method in methods)
+    return perform(
+        ([configure(setting, method, seed) for method in names] for seed in range(seeds)),
+        out,
+        jobs,
+    )
+
+
+def perform(groups: Iterable[Iterable[Config]], out: Path, jobs: int = 1) -> list[Run]:
+    """Finish the runs; those of one group advance in lockstep, an epoch at a time.
+
+    Args:
+        groups: the runs, as groups.
+        out: folder of the study.
+        jobs: number of processes, each of which takes a group at a time; with 1 there is only this one.
+
+    Returns:
+        All runs, finished, in the order given.
+
+    Raises:
+        ValueError: if jobs is not positive, or a config names what does not exist.
+        OSError: if a file cannot be written.
+    """
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}")
+    planned = [[Run(config, out) for config in group] for group in groups]
+    runs = [run for group in planned for run in group]
+    waiting = [group for group in planned if any(run.result is None for run in group)]
+    with Display(runs) as display:
+        if min(jobs, len(waiting)) <= 1:
+            for group in waiting:
+                for moved in lockstep(group):
+                    display.show(runs, moved)
+            return runs
+        Training(waiting[0][0].config)  # refuses at once what every process would refuse
+        watched = {run.config: run for run in runs}
+        for moved in spread([[run.config for run in group] for group in waiting], out, jobs):
+            watched[moved.config] = moved
+            display.show(list(watched.values()), moved)
+        return [watched[run.config] for run in runs]
