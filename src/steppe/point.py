@@ -148,8 +148,8 @@ class Perturb(Protocol):
         """Return the expected propagations a step that ``fisher_examples`` adds."""
         return 0.0
 
-    def __call__(self, at: Point, rho: float) -> Vec:
-        """Return ε, aligned with ``at.w``."""
+    def __call__(self, at: Point, rho: float) -> tuple[Vec, Tensor | float]:
+        """Return a vector aligned with ``at.w``, and the factor that makes it ε; may overwrite ``at.g0`` if ``at.spare``."""
         ...
 
 
@@ -188,5 +188,5 @@ class Combine(Protocol):
         return g1
 
     def __call__(self, at: Point, g1: Vec | None) -> Vec:
-        """Return the direction, aligned with ``at.w``; may overwrite ``g1``, which is None where no pass two ran."""
+        """Return the direction, aligned with ``at.w``; ``g1`` is None where no pass two ran. May overwrite both."""
         ...

@@ -144,12 +144,12 @@ class SharpnessAware(Optimizer):
             slopes = [None] * len(params)
         home = vec.clone(moved)
         try:
-            vec.add_(moved, perturb(at, rho / perturb.passes))
+            vec.add_(moved, *perturb(at, rho / perturb.passes))
             at.w, at.spare = home, True
             for _ in range(1, perturb.passes):
                 self._run(source, picked, again=True)
                 at.g0 = [torch.zeros_like(p) if g is None else g for p, g in zip(moved, self._take(moved), strict=True)]
-                vec.add_(moved, perturb(at, rho / perturb.passes))
+                vec.add_(moved, *perturb(at, rho / perturb.passes))
             at.g0 = []
             rows = None
             if select is not None and select.needs_rise:

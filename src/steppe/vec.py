@@ -48,20 +48,20 @@ def copy_(u: Sequence[Tensor], v: Sequence[Tensor]) -> None:
         torch._foreach_copy_(list(u), list(v))
 
 
-def scale(u: Vec, c: Tensor | float, *, reuse: bool = False) -> Vec:
-    """Return ``c·u``, in the memory of ``u`` where ``reuse`` allows it."""
-    if not u:
-        return u
-    if reuse:
-        torch._foreach_mul_(u, c)
-        return u
-    return list(torch._foreach_mul(u, c))
-
-
-def add_(u: Sequence[Tensor], v: Sequence[Tensor], c: float = 1.0) -> None:
-    """Overwrite ``u`` by ``u + c·v``."""
+def scale_(u: Sequence[Tensor], c: Tensor | float) -> None:
+    """Overwrite ``u`` by ``c·u``."""
     if u:
-        torch._foreach_add_(list(u), list(v), alpha=c)
+        torch._foreach_mul_(list(u), c)
+
+
+def add_(u: Sequence[Tensor], v: Sequence[Tensor], c: Tensor | float = 1.0) -> None:
+    """Overwrite ``u`` by ``u + c·v``; without a copy of ``v`` where ``c`` is on the CPU."""
+    if not u:
+        return
+    if isinstance(c, Tensor) and c.device.type != "cpu":
+        torch._foreach_add_(list(u), torch._foreach_mul(list(v), c))
+    else:
+        torch._foreach_add_(list(u), list(v), alpha=float(c))
 
 
 def mul_(u: Sequence[Tensor], v: Sequence[Tensor]) -> None:
@@ -75,13 +75,8 @@ def lerp(u: Vec, v: Vec, c: float) -> Vec:
     return list(torch._foreach_lerp(u, v, c)) if u else u
 
 
-def axpy(c: Tensor | float, x: Vec, y: Vec) -> Vec:
-    """Return ``c·x + y``."""
-    out = scale(x, c)
-    add_(out, y)
-    return out
-
-
 def reject(u: Vec, v: Vec) -> Vec:
     """Return the part of ``u`` orthogonal to ``v``: ``u − (uᵀv̂) v̂``; ``u`` itself where ``v = 0``."""
-    return axpy(dot(u, v) * over(-1.0, dot(v, v)), v, u)
+    part = clone(u)
+    add_(part, v, dot(u, v) * over(-1.0, dot(v, v)))
+    return part

@@ -31,7 +31,9 @@ class SecondOrder(Combine):
         return True
 
     def probe(self, at: Point, g1: Vec) -> Vec:
-        return vec.scale(vec.reject(g1, at.g0), vec.over(at.rho, vec.norm(at.g0)), reuse=True)
+        across = vec.reject(g1, at.g0)
+        vec.scale_(across, vec.over(at.rho, vec.norm(at.g0)))
+        return across
 
     def __call__(self, at: Point, g1: Vec | None) -> Vec:
         assert g1 is not None
@@ -75,9 +77,9 @@ class Orthogonal(Combine):
         if not self.needs_g0:
             return g1
         along = vec.dot(at.g0, g1) * vec.over(1.0, vec.dot(g1, g1))
-        direction = vec.scale(g1, 1 + self.alpha * along, reuse=True)
-        vec.add_(direction, at.g0, -self.alpha)
-        return direction
+        vec.scale_(g1, 1 + self.alpha * along)
+        vec.add_(g1, at.g0, -self.alpha)
+        return g1
 
 
 @dataclass(frozen=True)
@@ -91,12 +93,13 @@ class LossFirst(Combine):
 
     def __call__(self, at: Point, g1: Vec | None) -> Vec:
         assert g1 is not None
-        return vec.axpy(self.alpha, vec.reject(g1, at.g0), at.g0)
+        vec.add_(at.g0, vec.reject(g1, at.g0), self.alpha)
+        return at.g0
 
 
 @dataclass(frozen=True)
 class Look(Combine):
-    """LookSAM: sharp steps keep ``gv = g1 − (g1ᵀĝ0)ĝ0``, the others reuse it: ``d = g0 + α(‖g0‖/‖gv‖) gv``."""
+    """LookSAM: sharp steps keep ``ĝv`` of ``gv = g1 − (g1ᵀĝ0)ĝ0``, the others reuse it: ``d = g0 + α‖g0‖ ĝv``."""
 
     alpha: float
     keeps_memory: ClassVar[bool] = True
@@ -106,12 +109,13 @@ class Look(Combine):
 
     def __call__(self, at: Point, g1: Vec | None) -> Vec:
         if g1 is not None:
-            at.memory.write("gv", vec.reject(g1, at.g0))
+            gv = vec.reject(g1, at.g0)
+            vec.scale_(gv, vec.over(1.0, vec.norm(gv)))
+            at.memory.write("gv", gv)
             return g1
-        if "gv" not in at.memory:
-            return at.g0
-        gv = at.memory.read("gv")
-        return vec.axpy(vec.over(self.alpha, vec.norm(gv)) * vec.norm(at.g0), gv, at.g0)
+        if "gv" in at.memory:
+            vec.add_(at.g0, at.memory.read("gv"), self.alpha * vec.norm(at.g0))
+        return at.g0
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,7 @@ class Amplified(Combine):
         return self.inner.probe(at, g1)
 
     def __call__(self, at: Point, g1: Vec | None) -> Vec:
-        direction = self.inner(at, g1)
-        if self.strength == 1 or direction is at.g0:
-            return direction
-        return vec.lerp(at.g0, direction, self.strength)
+        if self.strength == 1:
+            return self.inner(at, g1)
+        g0 = vec.clone(at.g0) if self.inner.needs_g0 else at.g0
+        return vec.lerp(g0, self.inner(at, g1), self.strength)

@@ -29,14 +29,14 @@ class Ascent(Perturb):
     def passes(self) -> int:
         return self.steps
 
-    def __call__(self, at: Point, rho: float) -> Vec:
+    def __call__(self, at: Point, rho: float) -> tuple[Vec, Tensor | float]:
         if self.p == 2:
-            return vec.scale(at.g0, vec.over(rho, vec.norm(at.g0)), reuse=at.spare)
+            return at.g0, vec.over(rho, vec.norm(at.g0))
         if self.p == math.inf:
-            return [rho * g.sign() for g in at.g0]
+            return [g.sign() for g in at.g0], rho
         q = self.p / (self.p - 1)
-        size = vec.over(rho, vec.norm(at.g0, q) ** (q / self.p))
-        return vec.scale([g.sign() * g.abs() ** (q - 1) for g in at.g0], size, reuse=True)
+        length = vec.norm(at.g0, q) ** (q / self.p)
+        return [g.sign() * g.abs() ** (q - 1) for g in at.g0], vec.over(rho, length)
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,15 @@ class Adaptive(Perturb):
         checks.non_negative(eta=self.eta)
         checks.flag(by_name=self.needs_names)
 
-    def __call__(self, at: Point, rho: float) -> Vec:
+    def __call__(self, at: Point, rho: float) -> tuple[Vec, Tensor | float]:
         chosen = ["weight" in name for name in at.names] if self.needs_names else [w.ndim >= 2 for w in at.w]
         t = [w.abs().add_(self.eta) for w, c in zip(at.w, chosen, strict=True) if c]
-        eps = at.g0 if at.spare else vec.clone(at.g0)
-        adaptive = [e for e, c in zip(eps, chosen, strict=True) if c]
+        direction = at.g0 if at.spare else vec.clone(at.g0)
+        adaptive = [g for g, c in zip(direction, chosen, strict=True) if c]
         vec.mul_(adaptive, t)
-        size = vec.over(rho, vec.norm(eps))
+        factor = vec.over(rho, vec.norm(direction))
         vec.mul_(adaptive, t)
-        return vec.scale(eps, size, reuse=True)
+        return direction, factor
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,15 @@ class FilterNoise(Perturb):
 
     needs_g0: ClassVar[bool] = False
 
-    def __call__(self, at: Point, rho: float) -> Vec:
-        generators = {w.device: at.generator("noise", w.device) for w in at.w}
-        return [self._noise(w, rho, generators[w.device]) for w in at.w]
+    def __call__(self, at: Point, rho: float) -> tuple[Vec, Tensor | float]:
+        generators = {device: at.generator("noise", device) for device in {w.device for w in at.w}}
+        return [self._noise(w, generators[w.device]) for w in at.w], rho
 
     @staticmethod
-    def _noise(w: Tensor, rho: float, generator: torch.Generator) -> Tensor:
+    def _noise(w: Tensor, generator: torch.Generator) -> Tensor:
         dims = tuple(range(1, w.ndim)) if w.ndim >= 2 else None
         size = torch.linalg.vector_norm(w, dim=dims, keepdim=True)
-        return torch.randn(w.shape, dtype=w.dtype, device=w.device, generator=generator).mul_(size.mul_(rho))
+        return torch.randn(w.shape, dtype=w.dtype, device=w.device, generator=generator).mul_(size)
 
 
 @dataclass(frozen=True)
@@ -104,5 +104,5 @@ class Masked(Perturb):
         draws = torch.rand(count, generator=at.generator("swp"), dtype=torch.float64)
         return (draws < self.beta).tolist()  # type: ignore[no-any-return]
 
-    def __call__(self, at: Point, rho: float) -> Vec:
+    def __call__(self, at: Point, rho: float) -> tuple[Vec, Tensor | float]:
         return self.inner(at, rho / self.beta)

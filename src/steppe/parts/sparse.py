@@ -7,20 +7,29 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from .. import checks, vec
 from ..point import Perturb, Point
 from ..vec import Vec
 
 
-def _like(flat: torch.Tensor, shapes: Vec) -> Vec:
+def _like(flat: Tensor, shapes: Vec) -> Vec:
     """Cut a flat mask into one boolean tensor a parameter."""
     pieces = torch.split(flat, [t.numel() for t in shapes])
     return [piece.view(t.shape).to(t.device) for piece, t in zip(pieces, shapes, strict=True)]
 
 
-def _flat(vector: Vec) -> torch.Tensor:
+def _flat(vector: Vec) -> Tensor:
     return torch.cat([t.reshape(-1).to(vector[0].device) for t in vector])
+
+
+def _masked(inner: Perturb, at: Point, rho: float, mask: Vec) -> tuple[Vec, Tensor | float]:
+    direction, factor = inner(at, rho)
+    if not at.spare:
+        direction = vec.clone(direction)
+    vec.mul_(direction, mask)
+    return direction, factor
 
 
 @dataclass(frozen=True)
@@ -53,16 +62,15 @@ class FisherSparse(Perturb):
         refreshes = 1 / self.refresh if total is None else (total - 1) // self.refresh / total
         return refreshes * min(self.n, batch_size) / batch_size
 
-    def __call__(self, at: Point, rho: float) -> Vec:
+    def __call__(self, at: Point, rho: float) -> tuple[Vec, Tensor | float]:
         if at.squares:
             fisher = _flat(at.squares)
             kept = torch.zeros_like(fisher, dtype=torch.bool)
             kept[fisher.topk(round((1 - self.s) * len(fisher)), sorted=False).indices] = True
             at.memory.write("mask", _like(kept, at.squares))
-        eps = self.inner(at, rho)
-        if "mask" in at.memory:
-            vec.mul_(eps, at.memory.read("mask", torch.ones_like))
-        return eps
+        if "mask" not in at.memory:
+            return self.inner(at, rho)
+        return _masked(self.inner, at, rho, at.memory.read("mask", torch.ones_like))
 
 
 @dataclass(frozen=True)
@@ -88,15 +96,12 @@ class DynamicSparse(Perturb):
     def passes(self) -> int:
         return self.inner.passes
 
-    def __call__(self, at: Point, rho: float) -> Vec:
+    def __call__(self, at: Point, rho: float) -> tuple[Vec, Tensor | float]:
         if "mask" not in at.memory:
             at.memory.write("mask", self._first(at))
         elif at.step % self.refresh == 0:
             at.memory.write("mask", self._regrown(at))
-        mask = at.memory.read("mask", lambda p: torch.zeros_like(p, dtype=torch.bool))
-        eps = self.inner(at, rho)
-        vec.mul_(eps, mask)
-        return eps
+        return _masked(self.inner, at, rho, at.memory.read("mask", lambda p: torch.zeros_like(p, dtype=torch.bool)))
 
     def _first(self, at: Point) -> Vec:
         scores = torch.rand(sum(w.numel() for w in at.w), generator=at.generator("ssam"))
