@@ -2,10 +2,10 @@
 
     python benchmarks/step_cost.py [--cases resnet vit mlp4 mlp64] [--rounds N] [--threads N]
 
-In every round each contender takes one step, in an order that is shuffled; the step's time is divided by that of
-plain SGD's in the same round, and the median taken over the rounds. Steps with and without a second pass are told apart
-by what was counted, and their medians weighed by their stated shares: 1/k for LookSAM, p for RST. Plain SGD is the loop
-of torch's tutorials, without this library. Peak memory is that of a training step beyond plain SGD's, in copies of the
+In every round each contender takes a block of five steps, in an order that is shuffled; a step's time is divided by the
+median of plain SGD's in the same round, and the median taken over all. Steps of RST and LookSAM with and without a
+second pass are told apart, and their medians weighed by their stated shares, p and 1/k. Plain SGD is the loop of
+torch's tutorials, without this library. Peak memory is that of a training step beyond plain SGD's, in copies of the
 weights.
 """
 
@@ -42,22 +42,22 @@ METHODS = {
     "esam(0.6, 0.5)": "esam(beta=0.6, gamma=0.5)",
 }
 LIMITS = {"sam": 2.05, "gsam": 2.10, "rwp": 2.10, "rst(sam, p=0.5)": 1.55, "looksam(k=5)": 1.25, "esam(0.6, 0.5)": 1.75}
-K, P = 5, 0.5
+K, P, BLOCK = 5, 0.5, 5
 Step = Callable[[], str]
 """One training step; returns what kind of step it was: "sharp" or "plain"."""
 
 
 def perceptron() -> nn.Module:
-    """64 - 256 - 256 - 10 with ReLU: 85 000 weights, a step of well under a millisecond."""
-    return nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
+    """784 - 512 - 512 - 10 with ReLU: 670 000 weights, a step of a few milliseconds."""
+    return nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
 
 
 CASES: dict[str, tuple[str, Callable[[], nn.Module], tuple[int, ...], int]] = {
     # name: title, network, shape of a batch, rounds
-    "resnet": ("ResNet-18, width 16, batch 128", lambda: models.build("resnet18", width=16), (128, 3, 32, 32), 24),
-    "vit": ("ViT, width 192, batch 32", lambda: models.build("vit", width=192), (32, 3, 32, 32), 24),
-    "mlp4": ("MLP 64-256-256-10, batch 4", perceptron, (4, 64), 2000),
-    "mlp64": ("MLP 64-256-256-10, batch 64", perceptron, (64, 64), 2000),
+    "resnet": ("ResNet-18, width 16, batch 128", lambda: models.build("resnet18", width=16), (128, 3, 32, 32), 6),
+    "vit": ("ViT, width 192, batch 32", lambda: models.build("vit", width=192), (32, 3, 32, 32), 5),
+    "mlp4": ("MLP 784-512-512-10, batch 4", perceptron, (4, 784), 100),
+    "mlp64": ("MLP 784-512-512-10, batch 64", perceptron, (64, 784), 100),
 }
 
 
@@ -124,17 +124,15 @@ def peer(network: Callable[[], nn.Module], x: Tensor, y: Tensor, name: str) -> S
     return step
 
 
-def weight(name: str, kind: str) -> float:
-    """Share of the steps that are of this kind."""
+def shares(name: str) -> dict[str, float]:
+    """Kinds of steps that are told apart, and the share of each."""
     if "looksam" in name.lower():
-        return 1 / K if kind == "sharp" else 1 - 1 / K
-    if name.startswith("rst"):
-        return P if kind == "sharp" else 1 - P
-    return 1.0
+        return {"sharp": 1 / K, "plain": 1 - 1 / K}
+    return {"sharp": P, "plain": 1 - P} if name.startswith("rst") else {"": 1.0}
 
 
 def measure(case: str, rounds: int | None) -> dict[str, float]:
-    """Ratio of each contender's step to plain SGD's."""
+    """Ratio of each contender's step to plain SGD's, and plain SGD's seconds."""
     _, network, shape, default = CASES[case]
     torch.manual_seed(1)
     x, y = torch.randn(shape), torch.randint(10, shape[:1])
@@ -143,32 +141,33 @@ def measure(case: str, rounds: int | None) -> dict[str, float]:
     steps = {"sgd": plain(network, x, y), "sgd through steppe": ours(network, x, y, "sgd()")}
     steps |= {name: ours(network, x, y, text) for name, text in METHODS.items()}
     steps |= {f"pytorch_optimizer {name}": peer(network, x, y, name) for name in ("SAM", "LookSAM")}
-    kinds: dict[str, dict[str, list[float]]] = {name: {} for name in steps}
+    found = {(name, kind): list[float]() for name in steps for kind in shares(name)}
+    seconds = []
     order, shuffle = list(steps), random.Random(0)
-    warm_up = 2
-    for turn in range((rounds or default) + warm_up):
+    for turn in range((rounds or default) + 1):
         shuffle.shuffle(order)
-        taken = {}
-        for name in order:
-            start = time.perf_counter()
-            kind = steps[name]()
-            taken[name] = (time.perf_counter() - start, kind)
-        if turn < warm_up:
+        taken = {name: [timed(steps[name]) for _ in range(BLOCK)] for name in order}
+        if turn == 0:  # caches and thread pools warm up
             continue
-        for name, (seconds, kind) in taken.items():
-            kinds[name].setdefault(kind, []).append(seconds / taken["sgd"][0])
-            if name == "sgd":
-                kinds[name].setdefault("seconds", []).append(seconds)
-    ratios = {}
-    for name, found in kinds.items():
-        if name == "sgd":
-            ratios["seconds"] = statistics.median(found["seconds"])
-            continue
-        if len(found) == 1 and weight(name, "plain") < 1:
-            raise SystemExit(f"{name}: only {list(found)} steps in {rounds} rounds; give more --rounds")
-        shares = 1.0 if len(found) == 1 else None
-        ratios[name] = sum(statistics.median(r) * (shares or weight(name, kind)) for kind, r in found.items())
-    return ratios
+        unit = statistics.median(each for each, _ in taken["sgd"])
+        seconds.append(unit)
+        for name, block in taken.items():
+            for each, kind in block:
+                found[name, kind if len(shares(name)) > 1 else ""].append(each / unit)
+    if empty := [" ".join(key) for key, times in found.items() if not times]:
+        raise SystemExit(f"no step was seen of {', '.join(empty)}: give more --rounds")
+    del found["sgd", ""]
+    ratios: dict[str, float] = {}
+    for (name, kind), times in found.items():
+        ratios[name] = ratios.get(name, 0.0) + shares(name)[kind] * statistics.median(times)
+    return {**ratios, "seconds": statistics.median(seconds)}
+
+
+def timed(step: Step) -> tuple[float, str]:
+    """Seconds of a step, and its kind."""
+    start = time.perf_counter()
+    kind = step()
+    return time.perf_counter() - start, kind
 
 
 def memory(case: str) -> dict[str, float]:
@@ -209,7 +208,7 @@ def main() -> None:
     """Measure, and print the table as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--rounds", type=int, help="rounds a case; by default 24, and 2000 of the MLP")
+    parser.add_argument("--rounds", type=int, help="rounds a case; by default 5 or 6, and 100 of the MLP")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -149,7 +149,7 @@ class Perturb(Protocol):
         return 0.0
 
     def __call__(self, at: Point, rho: float) -> tuple[Vec, Tensor | float]:
-        """Return a vector aligned with ``at.w``, and the factor that makes it ε; may overwrite ``at.g0`` if ``at.spare``."""
+        """Return a vector aligned with ``at.w`` and the factor that makes it ε; may overwrite a spare ``at.g0``."""
         ...
 
 
