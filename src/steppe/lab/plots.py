@@ -49,6 +49,8 @@ def accuracy_against_cost(points: Sequence[Point]) -> bytes:
     axes.set_xlabel("propagations per step")
     axes.set_ylabel("test accuracy (%)")
     axes.margins(0.2)
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, 0.0), min(high, 102.0))
     _label(figure, axes, [point.method for point in points], marks)
     return _png(figure)
 

@@ -11,22 +11,22 @@ __all__ = ["GRIDS", "METHODS", "preset", "preset_jobs", "preset_seeds"]
 
 METHODS = (
     "sgd",
-    "sam(rho=0.6)",
-    "esam(rho=0.6)",
-    "rwp(gamma=0.05)",
-    "rst(sam(rho=0.6), p=0.5)",
-    "gsam(rho=0.6, alpha=0.1)",
-    "looksam(rho=0.6)",
+    "sam(rho=0.8)",
+    "esam(rho=0.4)",
+    "rwp(gamma=0.1)",
+    "rst(sam(rho=1.5), p=0.5)",
+    "gsam(rho=0.4, alpha=0.4)",
+    "looksam(rho=0.4)",
 )
 """Methods compared by default, with the best of the values in `GRIDS` on the digits' validation split."""
 
 GRIDS = (
     "sam(rho={0.2,0.4,0.6,0.8,1.0})",
-    "esam(rho={0.2,0.4,0.6,0.8})",
-    "rwp(gamma={0.01,0.02,0.05,0.1})",
-    "rst(sam(rho={0.4,0.6,0.8,1.0}), p=0.5)",
-    "gsam(rho={0.4,0.6,0.8}, alpha={0.1,0.4})",
-    "looksam(rho={0.4,0.6,0.8}, alpha={0.3,0.7})",
+    "esam(rho={0.2,0.4,0.6})",
+    "rwp(gamma={0.02,0.05,0.1,0.2})",
+    "rst(sam(rho={0.6,0.8,1.0,1.2,1.5,2.0}), p=0.5)",
+    "gsam(rho={0.2,0.4,0.6,0.8}, alpha={0.1,0.4})",
+    "looksam(rho={0.2,0.4,0.6,0.8}, alpha={0.3,0.7})",
 )
 """Values that `steppe tune` tries by default."""
 

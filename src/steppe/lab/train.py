@@ -83,8 +83,7 @@ class Training:
 
         Returns:
             Its record: number, mean training loss, seconds of the training steps with their augmentation,
-                steps and
-            propagations a step so far, and the loss and accuracy on the test images where they are due.
+                steps and propagations a step so far, and the loss and accuracy on the test images where they are due.
 
         Raises:
             DivergedError: at a loss that is not finite.

@@ -89,6 +89,10 @@ class Masked(Perturb):
         checks.share(beta=self.beta)
 
     @property
+    def needs_g0(self) -> bool:  # type: ignore[override]
+        return self.inner.needs_g0
+
+    @property
     def needs_names(self) -> bool:  # type: ignore[override]
         return self.inner.needs_names
 

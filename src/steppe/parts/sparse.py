@@ -48,6 +48,10 @@ class FisherSparse(Perturb):
         checks.count(n=self.n)
 
     @property
+    def needs_g0(self) -> bool:  # type: ignore[override]
+        return self.inner.needs_g0
+
+    @property
     def needs_names(self) -> bool:  # type: ignore[override]
         return self.inner.needs_names
 
@@ -87,6 +91,10 @@ class DynamicSparse(Perturb):
     def __post_init__(self) -> None:
         _check(self.inner, self.s, self.refresh)
         checks.probability(drop=self.drop)
+
+    @property
+    def needs_g0(self) -> bool:  # type: ignore[override]
+        return self.inner.needs_g0
 
     @property
     def needs_names(self) -> bool:  # type: ignore[override]

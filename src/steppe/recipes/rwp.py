@@ -15,9 +15,8 @@ def rwp(gamma: float = 0.01, alpha: float = 0.5, other: bool = False) -> Method:
 
     A filter is a slice along dimension 0 of a tensor of two dimensions and more, or a whole tensor of one dimension.
     The deviation is γ‖w_k‖, not divided by the root of the filter's size. The authors' code puts its ``alpha`` on the
-    perturbed
-    side; this is the paper's eq. 4. The two passes do not depend on each other. At α = 0 pass one is not run: the loss
-    returned, and the running statistics, are then those of the perturbed pass.
+    perturbed side; this is the paper's eq. 4. The two passes do not depend on each other. At α = 0 pass one is not run:
+    the loss returned, and the running statistics, are then those of the perturbed pass.
 
     Args:
         gamma: γ, deviation of the noise in units of the filter's norm. Default 0.01 (CIFAR); 0.005 on ImageNet, 0.001

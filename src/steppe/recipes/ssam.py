@@ -16,9 +16,8 @@ def ssam(rho: float | Method = 0.05, s: float = 0.5, n: int = 128, refresh: int 
     ε = SAM's ε ⊙ mask;  mask = global top 1 − s of Σᵢ (∇ℓᵢ)² over n examples;  d = g₁.
 
     The paper refreshes by epochs, which an optimizer does not see; here ``refresh`` counts steps. The examples are
-    those of
-    the step's own batch, each run alone with the running statistics of the normalisation layers. The mask is full
-    until the first refresh. It saves no time on dense hardware.
+    those of the step's own batch, each run alone with the running statistics of the normalisation layers. The mask is
+    full until the first refresh. It saves no time on dense hardware.
 
     Args:
         rho: radius of SAM's ball, or a method whose ε is taken. Default 0.05.
