@@ -2,11 +2,11 @@
 
     python benchmarks/step_cost.py [--cases resnet vit mlp4 mlp64] [--rounds N] [--threads N]
 
-In every round each contender takes a block of five steps, in an order that is shuffled; a step's time is divided by the
-median of plain SGD's in the same round, and the median taken over all. Steps of RST and LookSAM with and without a
-second pass are told apart, and their medians weighed by their stated shares, p and 1/k. Plain SGD is the loop of
-torch's tutorials, without this library. Peak memory is that of a training step beyond plain SGD's, in copies of the
-weights.
+In every round each contender takes a step (a block of five where steps are short, so that the caches are as in a
+training), in an order that is shuffled. A step's time is divided by the median of plain SGD's in the same round, and
+the median taken over all. Steps of RST and LookSAM with and without a second pass are told apart, and their medians
+weighed by their stated shares, p and 1/k. Plain SGD is the loop of torch's tutorials, without this library. Peak memory
+is that of a training step beyond plain SGD's, in copies of the weights.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ METHODS = {
     "esam(0.6, 0.5)": "esam(beta=0.6, gamma=0.5)",
 }
 LIMITS = {"sam": 2.05, "gsam": 2.10, "rwp": 2.10, "rst(sam, p=0.5)": 1.55, "looksam(k=5)": 1.25, "esam(0.6, 0.5)": 1.75}
-K, P, BLOCK = 5, 0.5, 5
+K, P = 5, 0.5
 Step = Callable[[], str]
 """One training step; returns what kind of step it was: "sharp" or "plain"."""
 
@@ -52,12 +52,12 @@ def perceptron() -> nn.Module:
     return nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
 
 
-CASES: dict[str, tuple[str, Callable[[], nn.Module], tuple[int, ...], int]] = {
-    # name: title, network, shape of a batch, rounds
-    "resnet": ("ResNet-18, width 16, batch 128", lambda: models.build("resnet18", width=16), (128, 3, 32, 32), 6),
-    "vit": ("ViT, width 192, batch 32", lambda: models.build("vit", width=192), (32, 3, 32, 32), 5),
-    "mlp4": ("MLP 784-512-512-10, batch 4", perceptron, (4, 784), 100),
-    "mlp64": ("MLP 784-512-512-10, batch 64", perceptron, (64, 784), 100),
+CASES: dict[str, tuple[str, Callable[[], nn.Module], tuple[int, ...], int, int]] = {
+    # name: title, network, shape of a batch, rounds, steps a block
+    "resnet": ("ResNet-18, width 16, batch 128", lambda: models.build("resnet18", width=16), (128, 3, 32, 32), 25, 1),
+    "vit": ("ViT, width 192, batch 32", lambda: models.build("vit", width=192), (32, 3, 32, 32), 20, 1),
+    "mlp4": ("MLP 784-512-512-10, batch 4", perceptron, (4, 784), 100, 5),
+    "mlp64": ("MLP 784-512-512-10, batch 64", perceptron, (64, 784), 100, 5),
 }
 
 
@@ -133,7 +133,7 @@ def shares(name: str) -> dict[str, float]:
 
 def measure(case: str, rounds: int | None) -> dict[str, float]:
     """Ratio of each contender's step to plain SGD's, and plain SGD's seconds."""
-    _, network, shape, default = CASES[case]
+    _, network, shape, default, block = CASES[case]
     torch.manual_seed(1)
     x, y = torch.randn(shape), torch.randint(10, shape[:1])
     if x.ndim == 4:
@@ -146,13 +146,13 @@ def measure(case: str, rounds: int | None) -> dict[str, float]:
     order, shuffle = list(steps), random.Random(0)
     for turn in range((rounds or default) + 1):
         shuffle.shuffle(order)
-        taken = {name: [timed(steps[name]) for _ in range(BLOCK)] for name in order}
+        taken = {name: [timed(steps[name]) for _ in range(block)] for name in order}
         if turn == 0:  # caches and thread pools warm up
             continue
         unit = statistics.median(each for each, _ in taken["sgd"])
         seconds.append(unit)
-        for name, block in taken.items():
-            for each, kind in block:
+        for name, times in taken.items():
+            for each, kind in times:
                 found[name, kind if len(shares(name)) > 1 else ""].append(each / unit)
     if empty := [" ".join(key) for key, times in found.items() if not times]:
         raise SystemExit(f"no step was seen of {', '.join(empty)}: give more --rounds")
@@ -172,7 +172,7 @@ def timed(step: Step) -> tuple[float, str]:
 
 def memory(case: str) -> dict[str, float]:
     """Peak of two steps beyond plain SGD's, in copies of the weights."""
-    _, network, shape, _ = CASES[case]
+    _, network, shape, _, _ = CASES[case]
     x, y = torch.randn(shape), torch.randint(10, shape[:1])
     size = sum(p.numel() * p.element_size() for p in network().parameters())
 
@@ -208,7 +208,7 @@ def main() -> None:
     """Measure, and print the table as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--rounds", type=int, help="rounds a case; by default 5 or 6, and 100 of the MLP")
+    parser.add_argument("--rounds", type=int, help="rounds a case; by default 20 to 100")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -38,7 +38,7 @@ class Setting:
     """Shift training images at random by up to this many pixels."""
     cutout: int = 0
     """Blank out a square of this side in each training image."""
-    eval_every: int = 1
+    eval_every: int = 4
     """Epochs between evaluations on the test images; the last epoch is always evaluated."""
     device: str = "cpu"
     """Where to train: cpu, cuda or cuda:N."""
