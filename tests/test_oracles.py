@@ -35,8 +35,8 @@ def picks(step, params, beta):
 
 
 def noise(step, params):
-    generators = [point(step).generator(f"noise {i}") for i in range(len(params))]
-    return [torch.randn(p.shape, dtype=p.dtype, generator=g) for p, g in zip(params, generators, strict=True)]
+    generator = point(step).generator("noise")
+    return [torch.randn(p.shape, dtype=p.dtype, generator=generator) for p in params]
 
 
 def scores(step, params):

@@ -70,9 +70,10 @@ def mul_(u: Sequence[Tensor], v: Sequence[Tensor]) -> None:
         torch._foreach_mul_(list(u), list(v))
 
 
-def lerp(u: Vec, v: Vec, c: float) -> Vec:
-    """Return ``u + c·(v − u)``; ``c`` may lie outside [0, 1]."""
-    return list(torch._foreach_lerp(u, v, c)) if u else u
+def lerp_(u: Sequence[Tensor], v: Sequence[Tensor], c: float) -> None:
+    """Overwrite ``u`` by ``u + c·(v − u)``; ``c`` may lie outside [0, 1]."""
+    if u:
+        torch._foreach_lerp_(list(u), list(v), c)
 
 
 def reject(u: Vec, v: Vec) -> Vec:

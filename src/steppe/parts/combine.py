@@ -56,7 +56,9 @@ class Mix(Combine):
 
     def __call__(self, at: Point, g1: Vec | None) -> Vec:
         assert g1 is not None
-        return vec.lerp(g1, at.g0, self.alpha) if self.needs_g0 else g1
+        if self.needs_g0:
+            vec.lerp_(g1, at.g0, self.alpha)
+        return g1
 
 
 @dataclass(frozen=True)
@@ -147,4 +149,5 @@ class Amplified(Combine):
         if self.strength == 1:
             return self.inner(at, g1)
         g0 = vec.clone(at.g0) if self.inner.needs_g0 else at.g0
-        return vec.lerp(g0, self.inner(at, g1), self.strength)
+        vec.lerp_(g0, self.inner(at, g1), self.strength)
+        return g0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -69,17 +68,14 @@ class FilterNoise(Perturb):
     needs_g0: ClassVar[bool] = False
 
     def __call__(self, at: Point, rho: float) -> tuple[Vec, Tensor | float]:
-        def draw(i: int) -> Tensor:
-            w = at.w[i]
-            generator = at.generator(f"noise {i}", w.device)
-            return torch.randn(w.shape, dtype=w.dtype, device=w.device, generator=generator)
+        generators = {device: at.generator("noise", device) for device in {w.device for w in at.w}}
+        return [self._noise(w, generators[w.device]) for w in at.w], rho
 
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # torch draws a tensor on one thread
-            noise = list(pool.map(draw, range(len(at.w))))
-        for e, w in zip(noise, at.w, strict=True):
-            dims = tuple(range(1, w.ndim)) if w.ndim >= 2 else None
-            e.mul_(torch.linalg.vector_norm(w, dim=dims, keepdim=True))
-        return noise, rho
+    @staticmethod
+    def _noise(w: Tensor, generator: torch.Generator) -> Tensor:
+        dims = tuple(range(1, w.ndim)) if w.ndim >= 2 else None
+        size = torch.linalg.vector_norm(w, dim=dims, keepdim=True)
+        return torch.randn(w.shape, dtype=w.dtype, device=w.device, generator=generator).mul_(size)
 
 
 @dataclass(frozen=True)
