@@ -121,3 +121,26 @@ def test_the_density_of_a_dynamic_mask_never_changes():
         assert int(masks[-1].sum()) == round(0.7 * size)
     changes = [int((a != b).sum()) for a, b in itertools.pairwise(masks)]
     assert changes[0] > changes[15] > changes[-1] >= 0
+
+
+@pytest.mark.parametrize("text", ["ssam_dynamic(refresh=1)", "ssam_dynamic(sam(steps=3), refresh=1)"])
+def test_a_dynamic_mask_changes_by_its_share_once_a_step(text):
+    model, batch = mlp()
+    opt = steppe.SharpnessAware(torch.optim.SGD(model.parameters(), lr=0.1), steppe.parse(text), total_steps=10)
+    masks = []
+    for _ in range(6):
+        opt.step(steppe.Batch(model, losses, batch))
+        masks.append(torch.cat([opt.state[p]["mask"].flatten() for p in model.parameters()]))
+    kept = int(masks[0].sum())
+    for step, (before, after) in enumerate(itertools.pairwise(masks), 1):
+        dropped = math.floor(0.5 * (1 + math.cos(math.pi * step / 10)) / 2 * kept)
+        assert int((before & ~after).sum()) == dropped
+
+
+def test_a_dynamic_mask_over_noise_has_its_gradient():
+    model, batch = mlp()
+    method = steppe.parse("ssam_dynamic(rwp(alpha=0), refresh=1)")
+    opt = steppe.SharpnessAware(torch.optim.SGD(model.parameters(), lr=0.1), method, total_steps=5)
+    for _ in range(5):
+        opt.step(steppe.Batch(model, losses, batch))
+    assert opt.stats.propagations == method.cost() == 2

@@ -45,6 +45,10 @@ class Memory:
         for p, t in zip(self.params, vector, strict=True):
             self.pending.setdefault(p, {})[name] = t
 
+    def is_new(self, name: str) -> bool:
+        """Whether this step has written a vector of that name."""
+        return any(name in named for named in self.pending.values())
+
     def commit(self) -> None:
         """Keep what was written."""
         for p, named in self.pending.items():

@@ -78,15 +78,10 @@ class FilterNoise(Perturb):
         return torch.randn(w.shape, dtype=w.dtype, device=w.device, generator=generator).mul_(size)
 
 
-@dataclass(frozen=True)
-class Masked(Perturb):
-    """Stochastic weight perturbation: ``inner`` with ``ρ/β`` on tensors picked with probability β."""
+class Over(Perturb):
+    """An ε laid over that of ``inner``: it needs what ``inner`` needs."""
 
     inner: Perturb
-    beta: float
-
-    def __post_init__(self) -> None:
-        checks.share(beta=self.beta)
 
     @property
     def needs_g0(self) -> bool:  # type: ignore[override]
@@ -99,6 +94,17 @@ class Masked(Perturb):
     @property
     def passes(self) -> int:
         return self.inner.passes
+
+
+@dataclass(frozen=True)
+class Masked(Over):
+    """Stochastic weight perturbation: ``inner`` with ``ρ/β`` on tensors picked with probability β."""
+
+    inner: Perturb
+    beta: float
+
+    def __post_init__(self) -> None:
+        checks.share(beta=self.beta)
 
     @property
     def share(self) -> float:

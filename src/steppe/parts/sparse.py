@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import checks, vec
 from ..point import Perturb, Point
 from ..vec import Vec
+from .perturb import Over
 
 
 def _like(flat: Tensor, shapes: Vec) -> Vec:
@@ -33,7 +34,7 @@ def _masked(inner: Perturb, at: Point, rho: float, mask: Vec) -> tuple[Vec, Tens
 
 
 @dataclass(frozen=True)
-class FisherSparse(Perturb):
+class FisherSparse(Over):
     """``ε`` of ``inner`` on the global top ``1 − s`` of ``Σᵢ(∇ℓᵢ)²`` over n examples; full until the first refresh."""
 
     inner: Perturb
@@ -46,18 +47,6 @@ class FisherSparse(Perturb):
     def __post_init__(self) -> None:
         _check(self.inner, self.s, self.refresh)
         checks.count(n=self.n)
-
-    @property
-    def needs_g0(self) -> bool:  # type: ignore[override]
-        return self.inner.needs_g0
-
-    @property
-    def needs_names(self) -> bool:  # type: ignore[override]
-        return self.inner.needs_names
-
-    @property
-    def passes(self) -> int:
-        return self.inner.passes
 
     def fisher_examples(self, step: int) -> int:
         return self.n if step > 0 and step % self.refresh == 0 else 0
@@ -78,13 +67,14 @@ class FisherSparse(Perturb):
 
 
 @dataclass(frozen=True)
-class DynamicSparse(Perturb):
+class DynamicSparse(Over):
     """``ε`` of ``inner`` on a mask of density ``1 − s`` that drops its flattest entries, regrowing others at random."""
 
     inner: Perturb
     s: float
     drop: float
     refresh: int
+    needs_g0: ClassVar[bool] = True
     keeps_memory: ClassVar[bool] = True
     needs_total: ClassVar[bool] = True
 
@@ -92,22 +82,10 @@ class DynamicSparse(Perturb):
         _check(self.inner, self.s, self.refresh)
         checks.probability(drop=self.drop)
 
-    @property
-    def needs_g0(self) -> bool:  # type: ignore[override]
-        return self.inner.needs_g0
-
-    @property
-    def needs_names(self) -> bool:  # type: ignore[override]
-        return self.inner.needs_names
-
-    @property
-    def passes(self) -> int:
-        return self.inner.passes
-
     def __call__(self, at: Point, rho: float) -> tuple[Vec, Tensor | float]:
         if "mask" not in at.memory:
             at.memory.write("mask", self._first(at))
-        elif at.step % self.refresh == 0:
+        elif at.step % self.refresh == 0 and not at.memory.is_new("mask"):
             at.memory.write("mask", self._regrown(at))
         return _masked(self.inner, at, rho, at.memory.read("mask", lambda p: torch.zeros_like(p, dtype=torch.bool)))
 
