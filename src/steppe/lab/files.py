@@ -1,9 +1,39 @@
-"""Files that are whole or absent."""
+"""Files that are whole or absent, and folders that one command writes at a time."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["write"]
+from filelock import FileLock, Timeout
+
+__all__ = ["claimed", "write"]
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keep a folder to this command; the claim ends with the process, however that ends.
+
+    Args:
+        folder: made if it is missing.
+
+    Raises:
+        ValueError: if another command has it.
+        OSError: if the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"{folder} is in use by another command: wait until it ends, or give another --out") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write(path: Path, content: str | bytes) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import steppe
 from steppe.lab.config import Config, Setting
+from steppe.lab.files import claimed
 from steppe.lab.jobs import lockstep, spread
 from steppe.lab.progress import Display
 from steppe.lab.run import Run
@@ -74,7 +75,7 @@ def perform(groups: Iterable[Iterable[Config]], out: Path, jobs: int = 1) -> lis
         All runs, finished, in the order given.
 
     Raises:
-        ValueError: if jobs is not positive, or a config names what does not exist.
+        ValueError: if jobs is not positive, a config names what does not exist, or another command uses the folder.
         OSError: if a file cannot be written.
     """
     if jobs < 1:
@@ -82,7 +83,7 @@ def perform(groups: Iterable[Iterable[Config]], out: Path, jobs: int = 1) -> lis
     planned = [[Run(config, out) for config in group] for group in groups]
     runs = [run for group in planned for run in group]
     waiting = [group for group in planned if any(run.result is None for run in group)]
-    with Display(runs) as display:
+    with claimed(out), Display(runs) as display:
         if min(jobs, len(waiting)) <= 1:
             for group in waiting:
                 for moved in lockstep(group):
