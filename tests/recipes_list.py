@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -105,9 +106,6 @@ def same(a: Any, b: Any) -> bool:
 
 
 def snapshot(opt: steppe.SharpnessAware) -> Any:
-    """A copy of the base's state and of the method's memories."""
-    state = opt.state_dict()
-    kept = [state["state"], state["steppe"]["memory"]]
-    return [
-        {i: {n: t.clone() if isinstance(t, Tensor) else t for n, t in s.items()} for i, s in k.items()} for k in kept
-    ]
+    """A copy of the base's state and of the method's memories, and which of these are more than stand-ins."""
+    saved = opt.state_dict()
+    return copy.deepcopy([saved["state"], saved["param_groups"][0]["steppe"]["memories"]])

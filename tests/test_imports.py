@@ -16,15 +16,27 @@ ROOF = {"lab", "cli", "curvature", "integrations"}
 MAY = {
     "vec": set(),
     "checks": set(),
+    "rng": set(),
+    "norms": set(),
+    "examples": set(),
+    "ranks": set(),
+    "groups": set(),
+    "update": {"checks"},
+    "wrapper": {"vec"},
+    "rounding": {"vec"},
     "point": {"vec"},
-    "batch": {"vec"},
+    "checkpoint": {"point"},
+    "batch": {"vec", "norms", "rng", "examples", "ranks", "rounding"},
+    "closure": {"vec", "ranks", "rng"},
     "method": {"point", "checks"},
     "stats": {"method"},
-    "checkpoint": set(),
+    "split": {"method"},
     "parts": {"point", "vec", "checks", "parts"},
     "recipes": {"method", "parts", "point", "checks", "recipes"},
     "text": {"recipes", "method"},
-    "step": {"batch", "checkpoint", "method", "point", "stats", "vec"},
+    "passes": {"wrapper", "groups", "rounding", "split", "vec", "batch", "closure", "method", "point", "stats"},
+    "step": {"passes", "update", "checkpoint", "split", "checks", "rounding"}
+    | {"batch", "closure", "method", "point", "stats", "vec"},
 }
 
 

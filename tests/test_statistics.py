@@ -117,7 +117,7 @@ def test_the_density_of_a_dynamic_mask_never_changes():
     masks = []
     for _ in range(30):
         opt.step(steppe.Batch(model, losses, batch))
-        masks.append(torch.cat([opt.state[p]["mask"].flatten() for p in model.parameters()]))
+        masks.append(torch.cat([state["steppe.mask"].flatten() for state in opt.state_dict()["state"].values()]))
         assert int(masks[-1].sum()) == round(0.7 * size)
     changes = [int((a != b).sum()) for a, b in itertools.pairwise(masks)]
     assert changes[0] > changes[15] > changes[-1] >= 0
@@ -130,7 +130,7 @@ def test_a_dynamic_mask_changes_by_its_share_once_a_step(text):
     masks = []
     for _ in range(6):
         opt.step(steppe.Batch(model, losses, batch))
-        masks.append(torch.cat([opt.state[p]["mask"].flatten() for p in model.parameters()]))
+        masks.append(torch.cat([state["steppe.mask"].flatten() for state in opt.state_dict()["state"].values()]))
     kept = int(masks[0].sum())
     for step, (before, after) in enumerate(itertools.pairwise(masks), 1):
         dropped = math.floor(0.5 * (1 + math.cos(math.pi * step / 10)) / 2 * kept)

@@ -4,6 +4,7 @@ from importlib.metadata import version as _version
 
 from . import recipes
 from .batch import Batch
+from .groups import norm_layers_only
 from .method import Method
 from .recipes import (
     asam,
@@ -55,6 +56,7 @@ __all__ = [
     "looksam",
     "m_sharpness",
     "mixed_sam",
+    "norm_layers_only",
     "parse",
     "piecewise",
     "recipes",

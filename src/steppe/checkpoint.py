@@ -2,40 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .point import Fill, State
+
 KEY = "steppe"
-Memories = MutableMapping[Tensor, dict[str, Any]]
 
 
-def pack(base: Optimizer, memories: Memories, header: dict[str, Any]) -> dict[str, Any]:
-    """Return the base's ``state_dict``, with ``header`` and the memories by position under ``KEY``."""
-    position = {p: i for i, p in enumerate(_params(base))}
-    kept = {position[p]: dict(named) for p, named in memories.items() if named}
-    return {**base.state_dict(), KEY: {**header, "memory": kept}}
+def pack(
+    base: Optimizer, memories: State, header: dict[str, Any], declared: Mapping[str, Fill] | None = None
+) -> dict[str, Any]:
+    """Return the base's ``state_dict`` with the header in its first group, and the memories in its state.
+
+    Every trainable parameter has every memory that is declared: ``torch.distributed.checkpoint`` loads only what
+    is there already. The header says of which names this is more than what stands in for them.
+    """
+    saved = base.state_dict()
+    first, *others = saved["param_groups"]
+    written = {name: any(name in named for named in memories.values()) for name in declared or {}}
+    state = dict(saved["state"])
+    for i, p in zip(_ids(saved), _params(base), strict=True):
+        kept = memories.get(p, {})
+        if declared and (kept or p.requires_grad):
+            named = {name: kept[name] if name in kept else fill(p.detach()) for name, fill in declared.items()}
+            state[i] = {**state.get(i, {}), **{f"{KEY}.{name}": t for name, t in named.items()}}
+    first = {**first, KEY: {**header, "memories": written}}
+    return {**saved, "state": state, "param_groups": [first, *others]}
 
 
-def unpack(base: Optimizer, memories: Memories, saved: dict[str, Any], method: str) -> dict[str, Any] | None:
+def unpack(base: Optimizer, memories: State, saved: dict[str, Any], method: str) -> dict[str, Any] | None:
     """Load what ``pack`` returned into the base and the memories, and return the header; None where it has none.
 
     Raises:
-        ValueError: if another method saved it.
+        ValueError: if another method saved it, or if it was flattened on the way.
     """
-    header = saved.get(KEY)
-    if header is not None and header["method"] != method:
-        raise ValueError(f"the state was saved by {header['method']}, and this optimizer runs {method}: build that one")
-    base.load_state_dict({name: value for name, value in saved.items() if name != KEY})
+    headers = [group[KEY] for group in saved["param_groups"] if KEY in group]
+    if headers and headers[0]["method"] != method:
+        saver = headers[0]["method"]
+        raise ValueError(f"the state was saved by {saver}, and this optimizer runs {method}: build that one")
+    if not headers and any(isinstance(i, str) for i in _ids(saved)):
+        raise ValueError(
+            "the state goes by names and holds no method: use StateDictOptions(flatten_optimizer_state_dict=False), "
+            "which keeps it; or give set_state_dict the base, if only the base was saved"
+        )
+    plain = {i: _plain(named) for i, named in saved["state"].items()}
+    base.load_state_dict(
+        {
+            **saved,
+            "state": {i: rest for i, rest in plain.items() if rest or not saved["state"][i]},
+            "param_groups": [_plain(group) for group in saved["param_groups"]],
+        }
+    )
     memories.clear()
-    if header is None:
+    if not headers:
         return None
-    params = _params(base)
-    for i, named in header["memory"].items():
-        memories[params[i]] = {name: t.detach().clone().to(params[i].device) for name, t in named.items()}
-    return header  # type: ignore[no-any-return]
+    written = [name for name, real in headers[0].get("memories", {}).items() if real]
+    for i, p in zip(_ids(saved), _params(base), strict=True):
+        named = saved["state"].get(i, {})
+        kept = {name: named[f"{KEY}.{name}"] for name in written if f"{KEY}.{name}" in named}
+        if kept:
+            memories[p] = {name: t.detach().clone().to(p.device) for name, t in kept.items()}
+    return headers[0]  # type: ignore[no-any-return]
+
+
+def _plain(named: Any) -> Any:
+    """Return a parameter's state, or a group, without what the base does not know."""
+    if not isinstance(named, dict):
+        return named
+    return {name: value for name, value in named.items() if str(name).split(".")[0] != KEY}
+
+
+def _ids(saved: dict[str, Any]) -> list[Any]:
+    """Return what the saved state calls the parameters, in order: numbers, or names."""
+    return [i for group in saved["param_groups"] for i in group["params"]]
 
 
 def _params(base: Optimizer) -> list[Tensor]:

@@ -11,6 +11,11 @@ def non_negative(**values: float) -> None:
     _within("be a finite number ≥ 0", values, lambda x: x >= 0)
 
 
+def positive(**values: float) -> None:
+    """Refuse a value that is not above 0, infinite or not a number."""
+    _within("be a finite number > 0", values, lambda x: x > 0)
+
+
 def finite(**values: float) -> None:
     """Refuse a value that is infinite or not a number."""
     _within("be a finite number", values, lambda x: True)
@@ -43,6 +48,13 @@ def count(**values: int) -> None:
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}={value!r} must be a whole number ≥ 1")
+
+
+def one_of(**values: tuple[str, tuple[str, ...]]) -> None:
+    """Refuse a word that is not one of those allowed: ``name=(value, allowed)``."""
+    for name, (value, allowed) in values.items():
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r} must be {' or '.join(map(repr, allowed))}")
 
 
 def flag(**values: bool) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, ParamSpec, TypeVar
 
 from . import checks
-from .point import Combine, Perturb, Select, When
+from .point import Combine, Fill, Perturb, Select, When
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -57,9 +57,8 @@ class Method:
             )
         if masked and not self.perturb.needs_g0:
             raise ValueError(f"{self.perturb!r} saves weight gradients of pass one, but its ε needs none of them")
-        if self.m is not None and (self.combine.keeps_memory or self.perturb.keeps_memory):
-            part = self.combine if self.combine.keeps_memory else self.perturb
-            raise ValueError(f"m={self.m} cuts the step into groups, but {part!r} keeps one memory for the whole step")
+        if self.m is not None:
+            self.check_groups(f"m={self.m} cuts the step into groups")
         if self.m is not None and self.needs_second:
             raise ValueError(f"m={self.m} pairs each group with itself, but {self.select!r} takes pass two elsewhere")
 
@@ -68,6 +67,24 @@ class Method:
             return self.text
         values = (f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.name != "text")
         return f"Method({', '.join(values)})"
+
+    def check_groups(self, why: str) -> None:
+        """Refuse what has one ε for the whole step.
+
+        Args:
+            why: what gives parts of the batch an ε of their own.
+
+        Raises:
+            ValueError: if a part keeps a memory.
+        """
+        if self.memories:
+            part = self.combine if self.combine.memories else self.perturb
+            raise ValueError(f"{why}, but {part!r} keeps one memory for the whole step")
+
+    @property
+    def memories(self) -> dict[str, Fill]:
+        """Names of the vectors that outlive the step, and what stands in for one not yet written."""
+        return {**self.perturb.memories, **self.combine.memories}
 
     @property
     def needs_total(self) -> bool:

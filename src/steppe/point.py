@@ -6,7 +6,7 @@ The protocols carry defaults, so a part states only what is special about it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -16,6 +16,8 @@ from torch import Generator, Tensor
 from .vec import Vec
 
 State = MutableMapping[Tensor, dict[str, Any]]
+Fill = Callable[[Tensor], Tensor]
+"""What stands in for the memory of a parameter that has none: a function of the parameter."""
 
 
 @dataclass
@@ -35,7 +37,7 @@ class Memory:
     def __contains__(self, name: str) -> bool:
         return any(self._find(p, name) is not None for p in self.params)
 
-    def read(self, name: str, default: Callable[[Tensor], Tensor] = torch.zeros_like) -> Vec:
+    def read(self, name: str, default: Fill = torch.zeros_like) -> Vec:
         """Return the vector of that name, ``default(parameter)`` where a parameter has none yet."""
         found = (self._find(p, name) for p in self.params)
         return [default(p.detach()) if t is None else t for p, t in zip(self.params, found, strict=True)]
@@ -128,7 +130,7 @@ class Perturb(Protocol):
     needs_names: bool = False
     needs_total: ClassVar[bool] = False
     needs_examples: ClassVar[bool] = False
-    keeps_memory: ClassVar[bool] = False
+    memories: ClassVar[Mapping[str, Fill]] = {}
 
     @property
     def passes(self) -> int:
@@ -175,12 +177,17 @@ class Select(Protocol):
 class Combine(Protocol):
     """Which direction from g0 and g1?"""
 
-    keeps_memory: ClassVar[bool] = False
+    memories: ClassVar[Mapping[str, Fill]] = {}
 
     @property
     def needs_g0(self) -> bool:
         """Whether the whole gradient of pass one is read."""
         return True
+
+    @property
+    def weights(self) -> tuple[float, float] | None:
+        """The fixed a and b of ``d = a g0 + b g1``; None for a combination that is no fixed mix."""
+        return None
 
     @property
     def needs_product(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from .method import FORWARD
@@ -18,6 +19,10 @@ class Stats:
         backward: examples that went backward; one whose weight gradients are taken for a share f of the weights only
             counts ``(1 + f)/2``.
         sharp: steps on which the weights were perturbed.
+        skipped: steps that a gradient scaler skipped, because the scaled gradients overflowed.
+        moved: effective ρ of the last perturbed step, where weights are bf16 or fp16: ``‖Δ‖``, Δ the change of the
+            weights that really happened; summed over inner steps. None where rounding plays no part.
+        projected: effective ρ along what was asked, ``Δᵀε/‖ε‖``; as ``moved``.
     """
 
     steps: int = 0
@@ -25,6 +30,9 @@ class Stats:
     forward: float = 0.0
     backward: float = 0.0
     sharp: int = 0
+    skipped: int = 0
+    moved: float | None = None
+    projected: float | None = None
 
     @property
     def propagations(self) -> float:
@@ -35,3 +43,10 @@ class Stats:
         """Add a forward pass and ``backward`` backward passes over so many examples."""
         self.forward += examples
         self.backward += backward * examples * (1 + share) / 2
+
+    def measure(self, squares: list[float], inner: int) -> None:
+        """Note the effective ρ of an inner step from ``‖Δ‖², Δᵀε, ‖ε‖²``."""
+        moved, along, asked = math.sqrt(squares[0]), squares[1], math.sqrt(squares[2])
+        projected = along / asked if asked else 0.0
+        self.moved = moved + (self.moved or 0.0 if inner else 0.0)
+        self.projected = projected + (self.projected or 0.0 if inner else 0.0)

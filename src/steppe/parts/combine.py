@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from .. import checks, vec
-from ..point import Combine, Point
+from ..point import Combine, Fill, Point
 from ..vec import Vec
 
 
@@ -17,6 +20,10 @@ class Second(Combine):
     @property
     def needs_g0(self) -> bool:
         return False
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        return 0.0, 1.0
 
     def __call__(self, at: Point, g1: Vec | None) -> Vec:
         return at.g0 if g1 is None else g1
@@ -53,6 +60,10 @@ class Mix(Combine):
     @property
     def needs_g0(self) -> bool:
         return self.alpha != 0
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        return self.alpha, 1 - self.alpha
 
     def __call__(self, at: Point, g1: Vec | None) -> Vec:
         assert g1 is not None
@@ -104,7 +115,7 @@ class Look(Combine):
     """LookSAM: sharp steps keep ``ĝv`` of ``gv = g1 − (g1ᵀĝ0)ĝ0``, the others reuse it: ``d = g0 + α‖g0‖ ĝv``."""
 
     alpha: float
-    keeps_memory: ClassVar[bool] = True
+    memories: ClassVar[Mapping[str, Fill]] = {"gv": torch.zeros_like}
 
     def __post_init__(self) -> None:
         checks.finite(alpha=self.alpha)
@@ -116,7 +127,7 @@ class Look(Combine):
             at.memory.write("gv", gv)
             return g1
         if "gv" in at.memory:
-            vec.add_(at.g0, at.memory.read("gv"), self.alpha * vec.norm(at.g0))
+            vec.add_(at.g0, at.memory.read("gv", self.memories["gv"]), self.alpha * vec.norm(at.g0))
         return at.g0
 
 
@@ -139,8 +150,8 @@ class Amplified(Combine):
         return self.inner.needs_product
 
     @property
-    def keeps_memory(self) -> bool:  # type: ignore[override]
-        return self.inner.keeps_memory
+    def memories(self) -> Mapping[str, Fill]:  # type: ignore[override]
+        return self.inner.memories
 
     def probe(self, at: Point, g1: Vec) -> Vec:
         return self.inner.probe(at, g1)

@@ -32,11 +32,12 @@ class Ascent(Perturb):
     def __call__(self, at: Point, rho: float) -> tuple[Vec, Tensor | float]:
         if self.p == 2:
             return at.g0, vec.over(rho, vec.norm(at.g0))
-        if self.p == math.inf:
-            return [g.sign() for g in at.g0], rho
-        q = self.p / (self.p - 1)
-        length = vec.norm(at.g0, q) ** (q / self.p)
-        return [g.sign() * g.abs() ** (q - 1) for g in at.g0], vec.over(rho, length)
+        q = 1.0 if self.p == math.inf else self.p / (self.p - 1)
+        factor = rho if self.p == math.inf else vec.over(rho, vec.norm(at.g0, q) ** (q / self.p))
+        direction = at.g0 if at.spare else vec.clone(at.g0)
+        for g in vec.local(direction):
+            g.copy_(g.sign() * g.abs() ** (q - 1))
+        return direction, factor
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Adaptive(Perturb):
 
     def __call__(self, at: Point, rho: float) -> tuple[Vec, Tensor | float]:
         chosen = ["weight" in name for name in at.names] if self.needs_names else [w.ndim >= 2 for w in at.w]
-        t = [w.abs().add_(self.eta) for w, c in zip(at.w, chosen, strict=True) if c]
+        t = [w.abs().add_(self.eta) for w, c in zip(vec.local(at.w), chosen, strict=True) if c]
         direction = at.g0 if at.spare else vec.clone(at.g0)
         adaptive = [g for g, c in zip(direction, chosen, strict=True) if c]
         vec.mul_(adaptive, t)
@@ -69,13 +70,9 @@ class FilterNoise(Perturb):
 
     def __call__(self, at: Point, rho: float) -> tuple[Vec, Tensor | float]:
         generators = {device: at.generator("noise", device) for device in {w.device for w in at.w}}
-        return [self._noise(w, generators[w.device]) for w in at.w], rho
-
-    @staticmethod
-    def _noise(w: Tensor, generator: torch.Generator) -> Tensor:
-        dims = tuple(range(1, w.ndim)) if w.ndim >= 2 else None
-        size = torch.linalg.vector_norm(w, dim=dims, keepdim=True)
-        return torch.randn(w.shape, dtype=w.dtype, device=w.device, generator=generator).mul_(size)
+        noise = [vec.randn(w, generators[w.device]) for w in at.w]
+        vec.mul_(noise, vec.filter_norms(at.w))
+        return noise, rho
 
 
 class Over(Perturb):

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .. import checks, vec
-from ..point import Perturb, Point
+from ..point import Fill, Perturb, Point
 from ..vec import Vec
 from .perturb import Over
 
 
-def _like(flat: Tensor, shapes: Vec) -> Vec:
-    """Cut a flat mask into one boolean tensor a parameter."""
-    pieces = torch.split(flat, [t.numel() for t in shapes])
-    return [piece.view(t.shape).to(t.device) for piece, t in zip(pieces, shapes, strict=True)]
-
-
-def _flat(vector: Vec) -> Tensor:
-    return torch.cat([t.reshape(-1).to(vector[0].device) for t in vector])
+def _top(scores: Tensor, s: float) -> Tensor:
+    """Return the mask of the largest ``1 − s`` of the scores."""
+    kept = torch.zeros_like(scores, dtype=torch.bool)
+    kept[scores.topk(round((1 - s) * len(scores)), sorted=False).indices] = True
+    return kept
 
 
 def _masked(inner: Perturb, at: Point, rho: float, mask: Vec) -> tuple[Vec, Tensor | float]:
@@ -41,7 +40,7 @@ class FisherSparse(Over):
     s: float
     n: int
     refresh: int
-    keeps_memory: ClassVar[bool] = True
+    memories: ClassVar[Mapping[str, Fill]] = {"mask": partial(torch.ones_like, dtype=torch.bool)}
     needs_examples: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -57,13 +56,10 @@ class FisherSparse(Over):
 
     def __call__(self, at: Point, rho: float) -> tuple[Vec, Tensor | float]:
         if at.squares:
-            fisher = _flat(at.squares)
-            kept = torch.zeros_like(fisher, dtype=torch.bool)
-            kept[fisher.topk(round((1 - self.s) * len(fisher)), sorted=False).indices] = True
-            at.memory.write("mask", _like(kept, at.squares))
+            at.memory.write("mask", vec.split(_top(vec.join(at.squares), self.s), at.w))
         if "mask" not in at.memory:
             return self.inner(at, rho)
-        return _masked(self.inner, at, rho, at.memory.read("mask", torch.ones_like))
+        return _masked(self.inner, at, rho, at.memory.read("mask", self.memories["mask"]))
 
 
 @dataclass(frozen=True)
@@ -75,7 +71,7 @@ class DynamicSparse(Over):
     drop: float
     refresh: int
     needs_g0: ClassVar[bool] = True
-    keeps_memory: ClassVar[bool] = True
+    memories: ClassVar[Mapping[str, Fill]] = {"mask": partial(torch.zeros_like, dtype=torch.bool)}
     needs_total: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -87,31 +83,29 @@ class DynamicSparse(Over):
             at.memory.write("mask", self._first(at))
         elif at.step % self.refresh == 0 and not at.memory.is_new("mask"):
             at.memory.write("mask", self._regrown(at))
-        return _masked(self.inner, at, rho, at.memory.read("mask", lambda p: torch.zeros_like(p, dtype=torch.bool)))
+        return _masked(self.inner, at, rho, at.memory.read("mask", self.memories["mask"]))
 
     def _first(self, at: Point) -> Vec:
         scores = torch.rand(sum(w.numel() for w in at.w), generator=at.generator("ssam"))
-        kept = torch.zeros(len(scores), dtype=torch.bool)
-        kept[scores.topk(round((1 - self.s) * len(scores)), sorted=False).indices] = True
-        return _like(kept, at.w)
+        return vec.split(_top(scores, self.s), at.w)
 
     def _regrown(self, at: Point) -> Vec:
         assert at.total is not None
-        kept = _flat(at.memory.read("mask", lambda p: torch.zeros_like(p, dtype=torch.bool)))
+        kept = vec.join(at.memory.read("mask", self.memories["mask"]))
         gone = kept.logical_not()
         rate = self.drop * (1 + math.cos(math.pi * min(at.step, at.total) / at.total)) / 2
         count = min(int(rate * int(kept.sum())), int(gone.sum()))
-        slope = _flat(at.g0).abs()
+        slope = vec.join(at.g0).abs()
         flattest = slope.where(kept, math.inf).topk(count, largest=False, sorted=False).indices
         scores = torch.rand(len(kept), generator=at.generator("ssam")).to(kept.device)
         regrown = scores.where(gone, -1.0).topk(count, sorted=False).indices
         kept[flattest] = False
         kept[regrown] = True
-        return _like(kept, at.w)
+        return vec.split(kept, at.w)
 
 
 def _check(inner: Perturb, s: float, refresh: int) -> None:
     checks.below_one(s=s)
     checks.count(refresh=refresh)
-    if inner.keeps_memory or inner.share < 1:
+    if inner.memories or inner.share < 1:
         raise ValueError(f"a mask over single weights cannot be laid over {inner!r}, which has a mask of its own")

@@ -87,7 +87,7 @@ def _masked(method: Method, beta: float) -> Method:
     checks.share(beta=beta)
     if beta == 1:
         return method
-    if method.perturb.share < 1 or method.perturb.keeps_memory:
+    if method.perturb.share < 1 or method.perturb.memories:
         raise ValueError(f"beta={beta!r} picks tensors, but {method!r} has a mask of its own: {method.perturb!r}")
     return replace(method, perturb=Masked(method.perturb, beta), text="")
 

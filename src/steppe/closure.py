@@ -1,0 +1,86 @@
+"""A bare PyTorch closure as the source of a step's gradients, and what is too little about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils import parametrize
+from torch.utils.weak import TensorWeakRef
+
+from . import rng
+from .ranks import Ranks
+from .vec import Vec
+
+BATCH = "write opt.step(steppe.Batch(model, loss_fn, batch))"
+INTEGRATIONS = "steppe.integrations has what Lightning, transformers and Accelerate need"
+
+
+class Closure:
+    """A bare PyTorch closure: it can repeat itself, and nothing else.
+
+    Args:
+        closure: clears the gradients, computes the loss, calls ``backward`` and returns the loss.
+        trainable: every tensor that the optimizer trains.
+        repeats: whether the step may call it more than once; then a running statistic cannot be held, and is refused.
+    """
+
+    size = 1
+
+    def __init__(self, closure: Callable[[], Any], trainable: Vec, *, repeats: bool) -> None:
+        self.closure, self.trainable, self.repeats = closure, trainable, repeats
+        self.ranks = Ranks(None)
+        self._before: Any = None
+
+    def backward(self, params: Vec | None, *, again: bool = False, **_: Any) -> Tensor:
+        """Call the closure and return its loss, shape (1,); weight gradients outside ``params`` are not computed."""
+        with torch.enable_grad(), ExitStack() as stack:
+            if self.repeats:
+                stack.callback(nn.modules.module.register_module_forward_pre_hook(_refuse_statistics).remove)
+            if not again:
+                self._before = rng.states({p.device for p in self.trainable})
+            else:
+                stack.enter_context(rng.replay(self._before))
+            if params:
+                wanted = {id(p) for p in params}
+                for p in self.trainable:
+                    if id(p) not in wanted:
+                        stack.callback(p.requires_grad_, True)
+                        p.requires_grad_(False)
+            torch.clear_autocast_cache()
+            parametrize._cache.clear()
+            loss = self.closure()
+        if loss is None:
+            raise TypeError("the closure returned None: return the loss after calling backward on it")
+        return torch.as_tensor(loss).detach().reshape(1)
+
+    def names(self) -> dict[Tensor, str]:
+        """Return no names: the model is hidden."""
+        return {}
+
+
+class Left:
+    """What a step left in ``.grad``, to see whether somebody has accumulated other gradients since."""
+
+    def __init__(self, params: Vec) -> None:
+        self._params, self._kept = params, next((p for p in params if p.grad is not None), None)
+        if self._kept is not None and self._kept.grad is not None:
+            self._ref, self._version = TensorWeakRef(self._kept.grad), self._kept.grad._version
+
+    def is_changed(self) -> bool:
+        """Whether there are gradients that the step did not leave."""
+        if self._kept is None or self._kept.grad is None:
+            return any(p.grad is not None for p in self._params)
+        return self._kept.grad is not self._ref() or self._kept.grad._version != self._version
+
+
+def _refuse_statistics(module: nn.Module, _: Any) -> None:
+    if isinstance(module, _NormBase) and module.training and module.track_running_stats:
+        raise TypeError(
+            f"a bare closure cannot hold the running statistics of {type(module).__name__} in the second pass: "
+            f"{BATCH}; {INTEGRATIONS}"
+        )

@@ -1,0 +1,53 @@
+"""The examples of a batch, whatever holds them: a tensor, or a nest of tensors with the batch along dimension 0."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def extent(data: Any) -> tuple[int, torch.device]:
+    """Return the number of examples, and their device, from the first tensor that has a dimension."""
+    for leaf in _leaves(data):
+        if leaf.ndim:
+            return len(leaf), leaf.device
+    raise TypeError(f"data of type {type(data).__name__} holds no tensor with a batch dimension")
+
+
+def take(data: Any, rows: Tensor | slice, size: int) -> Any:
+    """Return the rows of every tensor that has ``size`` of them; everything else as it is."""
+
+    def cut(leaf: Tensor) -> Tensor:
+        return leaf[rows] if leaf.ndim and len(leaf) == size else leaf
+
+    return _map(data, cut)
+
+
+def to_float32(data: Any) -> Any:
+    """Return the data with every tensor of fewer than 32 floating-point bits in float32."""
+    return _map(data, lambda leaf: leaf.float() if leaf.is_floating_point() and leaf.element_size() < 4 else leaf)
+
+
+def _leaves(data: Any) -> Iterator[Tensor]:
+    if isinstance(data, Tensor):
+        yield data
+    elif isinstance(data, Mapping):
+        for value in data.values():
+            yield from _leaves(value)
+    elif isinstance(data, Sequence) and not isinstance(data, str):
+        for value in data:
+            yield from _leaves(value)
+
+
+def _map(data: Any, change: Any) -> Any:
+    if isinstance(data, Tensor):
+        return change(data)
+    if isinstance(data, Mapping):
+        return {key: _map(value, change) for key, value in data.items()}
+    if isinstance(data, Sequence) and not isinstance(data, str):
+        parts = [_map(value, change) for value in data]
+        return type(data)(*parts) if hasattr(data, "_fields") else type(data)(parts)  # type: ignore[call-arg]
+    return data

@@ -1,0 +1,209 @@
+"""The passes of a step on one source of gradients, and the direction that the method makes of them."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from . import groups, rounding, split, vec
+from .batch import Batch
+from .closure import Closure
+from .method import Method
+from .point import Point
+from .stats import Stats
+from .vec import Vec
+from .wrapper import Wrapper
+
+Source = Batch | Closure
+
+
+class Passes(Wrapper):
+    """A wrapper that leaves a method's direction in ``.grad``, and counts the passes that it takes."""
+
+    method: Method
+    split: bool
+    rounding: rounding.Rounding
+    scaler: torch.amp.GradScaler | None
+    stats: Stats
+
+    def _direction(
+        self, at: Point, source: Source, second: Batch | None, rho: float | None, *, local: bool, reduce: bool
+    ) -> list[Tensor]:
+        """Leave the method's direction on one source in ``.grad``, and return the mean losses of the passes."""
+        method, params, ranks = self.method, at.memory.params, source.ranks
+        perturb, combine, select = method.perturb, method.combine, method.select
+        for p in self.params():
+            p.grad = None
+        perturbed, weight = True, 1.0
+        if rho and self.split and ranks.world > 1:
+            perturbed, weight = split.share(method, ranks.rank, ranks.world)
+        apart = weight != 1.0 or not perturbed
+        picked = self._picked(at, params, source) if rho and perturbed else None
+        if not rho or not perturbed or picked == []:
+            loss = self._run(source, None, weight=weight).mean()
+            if rho is None:
+                self._combine(at, params, [p.grad for p in params], None, source, local)
+            return [loss]
+
+        at.rho = rho
+        squares = self._squares(source, params, perturb.fisher_examples(at.step))
+        first = method.needs_first and not apart
+        before = self._run(source, picked, reduce=not local) if first else None
+        slopes = _take(params, copy=ranks.shared_buffers and combine.needs_g0)
+        radii = groups.radii(self.base.param_groups)
+        climbs = [
+            (g is not None or not perturb.needs_g0) and radii.get(p, rho) > 0
+            for p, g in zip(params, slopes, strict=True)
+        ]
+        at.memory.params = at.w = moved = [p for p, climb in zip(params, climbs, strict=True) if climb]
+        at.g0 = [g for g, climb in zip(slopes, climbs, strict=True) if climb and g is not None]
+        at.squares = [t for t, climb in zip(squares, climbs, strict=True) if climb] if squares else []
+        at.names = self.names(moved, source.names()) if perturb.needs_names else []
+        at.spare = not combine.needs_g0
+        doubt = 0 * vec.norm(at.g0) if self._active() is not None else None
+        if at.spare:
+            slopes = [None] * len(params)
+        home = vec.clone(moved)
+        with ExitStack() as stack:
+            stack.callback(vec.copy_, moved, home)
+            low = rounding.is_low(moved)
+            if low and self.rounding == "float32":
+                assert isinstance(source, Batch)
+                stack.enter_context(source.widened())
+            self._climb(at, moved, radii, low, 0)
+            at.w, at.spare = home, True
+            for inner in range(1, perturb.passes):
+                self._run(source, picked, again=True, reduce=not local)
+                at.g0 = [torch.zeros_like(p) if g is None else g for p, g in zip(moved, _take(moved), strict=True)]
+                self._climb(at, moved, radii, low, inner)
+            at.g0 = []
+            rows = None
+            if select is not None and select.needs_rise:
+                assert before is not None
+                assert isinstance(source, Batch)
+                rise = source.losses() - before
+                self.stats.count(source.size, backward=0)
+                rows, weight = (select(rise), 1.0) if local else ranks.choose(select, rise)
+            again = method.needs_first
+            whole = reduce and not (local and combine.needs_g0)
+            after = self._run(second or source, None, rows=rows, again=again, reduce=whole, weight=weight)
+            taken = _take(params)
+        gradients = [None if g is None else g.to(p.dtype) for p, g in zip(params, taken, strict=True)]
+        if apart:
+            for p, g in zip(params, gradients, strict=True):
+                p.grad = g
+        else:
+            self._combine(at, params, slopes, gradients, source, local)
+        if doubt is not None:
+            vec.local([p.grad for p in params if p.grad is not None])[0].add_(doubt)
+        return [losses.mean() for losses in (before, after) if losses is not None]
+
+    def _picked(self, at: Point, params: Vec, source: Source) -> Vec | None:
+        """Return the parameters that pass one differentiates; None for all of them."""
+        picks = self.method.perturb.picks(at, len(params))
+        radii = groups.radii(self.base.param_groups)
+        if 0 in radii.values() and not self.method.combine.needs_g0:
+            picks = [pick and radii.get(p) != 0 for p, pick in zip(params, picks or [True] * len(params), strict=True)]
+        return None if picks is None else [p for p, pick in zip(params, picks, strict=True) if pick]
+
+    def _climb(self, at: Point, moved: Vec, radii: dict[Tensor, float], low: bool, inner: int) -> None:
+        """Move the weights by ε, each group by its own share of it."""
+        vector, factor = self.method.perturb(at, at.rho / self.method.perturb.passes)
+        shares: dict[float, list[int]] = {}
+        for i, p in enumerate(moved):
+            shares.setdefault(radii.get(p, at.rho) / at.rho, []).append(i)
+        draw = partial(at.generator, f"rounding/{inner}") if self.rounding == "stochastic" else None
+        measured = []
+        for share, members in shares.items():
+            u, v = [moved[i] for i in members], [vector[i] for i in members]
+            if low:
+                measured.append(rounding.add_(u, v, factor * share, draw))
+            else:
+                vec.add_(u, v, factor if share == 1 else factor * share)
+        if low:
+            self.stats.measure(torch.stack(measured).sum(0).tolist(), inner)
+
+    def _combine(
+        self, at: Point, params: Vec, g0: list[Tensor | None], g1: list[Tensor | None] | None, source: Source, own: bool
+    ) -> None:
+        """Leave ``combine``'s direction in ``.grad``; a gradient that only one pass has counts as 0 in the other.
+
+        ``own`` is whether the rank makes a direction of its own.
+        """
+        combine = self.method.combine
+        with_g0 = combine.needs_g0 or g1 is None
+        both = list(zip(params, g0 if with_g0 else [None] * len(params), g1 or [None] * len(params), strict=True))
+        used = [(p, a, b) for p, a, b in both if a is not None or b is not None]
+        at.memory.params = at.w = [p for p, _, _ in used]
+        if with_g0:
+            at.g0 = [torch.zeros_like(p) if a is None else a for p, a, _ in used]
+        second = None if g1 is None else [torch.zeros_like(p) if b is None else b for p, _, b in used]
+        if combine.needs_product and second is not None:
+            assert isinstance(source, Batch)
+            at.product = source.product(at.w, combine.probe(at, second), self._active())
+            if not own:
+                source.ranks.mean_(at.product)
+            self.stats.count(source.size, backward=3)
+        for p, direction in zip(at.w, combine(at, second), strict=True):
+            p.grad = direction
+
+    def _squares(self, source: Source, params: Vec, wanted: int) -> Vec:
+        """Return ``Σᵢ (∇ℓᵢ)²`` over the first examples of all ranks together."""
+        if not wanted or not isinstance(source, Batch):
+            return []
+        ranks = source.ranks
+        here = min(max(wanted - ranks.rank * source.size, 0), source.size)
+        self.stats.count(here)
+        squares = source.squares(params, here)
+        ranks.mean_(squares)
+        if ranks.world > 1:
+            vec.scale_(squares, ranks.world)
+        return squares
+
+    def _run(
+        self,
+        source: Source,
+        picked: Vec | None,
+        *,
+        rows: Tensor | None = None,
+        again: bool = False,
+        reduce: bool = True,
+        weight: float = 1.0,
+    ) -> Tensor:
+        """Run one pass, count it, and return the losses."""
+        losses = source.backward(picked, rows=rows, again=again, reduce=reduce, weight=weight, scaler=self._active())
+        share = 1.0
+        if picked is not None and source.ranks.sharded is not None:
+            wanted = set(picked)
+            for p in self.params():
+                p.grad = p.grad if p in wanted else None
+        elif picked is not None:
+            share = sum(p.numel() for p in picked) / sum(p.numel() for p in self.trainable())
+            if reduce:
+                source.ranks.mean_gradients(picked)
+        self.stats.count(source.size if rows is None else len(rows), share=share, backward=int(share > 0))
+        return losses
+
+    def _active(self) -> torch.amp.GradScaler | None:
+        """Return the scaler, if it is one that scales."""
+        return self.scaler if self.scaler is not None and self.scaler.is_enabled() else None
+
+
+def _take(params: Vec, *, copy: bool = False) -> list[Tensor | None]:
+    """Return the gradients by reference or as copies, and leave none.
+
+    Raises:
+        ValueError: if one is sparse.
+    """
+    slopes = [p.grad for p in params]
+    for i, p in enumerate(params):
+        if p.grad is not None and p.grad.layout != torch.strided:
+            raise ValueError(
+                f"parameter {i} of shape {tuple(p.shape)} has a sparse gradient, which no perturbation can use: "
+                "build the layer with sparse=False"
+            )
+        p.grad = None
+    return [None if g is None else g.clone() if copy else g for g in slopes]

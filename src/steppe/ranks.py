@@ -1,0 +1,117 @@
+"""How the ranks of a model share its gradients: DDP, FSDP2, or one rank alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class Ranks:
+    """The ranks that a model is trained on.
+
+    Args:
+        model: a network, maybe wrapped in ``DistributedDataParallel``, by ``fully_shard`` or by ``torch.compile``.
+
+    Raises:
+        ValueError: if several wrapped networks are inside the one.
+    """
+
+    def __init__(self, model: nn.Module | None) -> None:
+        self.ddp: Any = None
+        self.sharded: Any = None
+        self.world, self.rank, self._group = 1, 0, None
+        if model is None or not (dist.is_available() and dist.is_initialized()):
+            return
+        wrapped = [m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
+        if len(wrapped) > 1:
+            raise ValueError(f"{len(wrapped)} DistributedDataParallel networks in one model: wrap the whole once")
+        self.ddp = wrapped[0] if wrapped else None
+        self.sharded = next((m for m in model.modules() if hasattr(m, "set_requires_gradient_sync")), None)
+        if self.ddp is not None or self.sharded is not None:
+            self._group = self.ddp.process_group if self.ddp is not None else None
+            self.world, self.rank = dist.get_world_size(self._group), dist.get_rank(self._group)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is one process only."""
+        return not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+
+    @property
+    def shared_buffers(self) -> bool:
+        """Whether a reduced gradient lies in memory that the next pass overwrites."""
+        return self.ddp is not None and self.ddp.gradient_as_bucket_view
+
+    @contextmanager
+    def reducing(self, on: bool) -> Iterator[None]:
+        """Let the passes inside reduce the gradients over the ranks as they go, or not at all."""
+        if self.ddp is not None and not on:
+            with self.ddp.no_sync():
+                yield
+        elif self.sharded is not None:
+            self.sharded.set_requires_gradient_sync(on)
+            try:
+                yield
+            finally:
+                self.sharded.set_requires_gradient_sync(True)
+        else:
+            yield
+
+    def mean_(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite the tensors by their mean over the ranks: one reduction for each type and device."""
+        if self.world == 1:
+            return
+        kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for t in tensors:
+            kinds.setdefault((t.dtype, t.device), []).append(t)
+        for same in kinds.values():
+            flat = torch.cat([t.reshape(-1) for t in same])
+            dist.all_reduce(flat, group=self._group)
+            flat.div_(self.world)
+            for t, piece in zip(same, torch.split(flat, [t.numel() for t in same]), strict=True):
+                t.copy_(piece.view_as(t))
+
+    def mean_gradients(self, params: Sequence[Tensor]) -> None:
+        """Overwrite the gradients by their mean over the ranks; one that no rank has stays None."""
+        if self.world == 1:
+            return
+        if self.ddp is not None and self.ddp.find_unused_parameters:
+            used = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
+            dist.all_reduce(used, group=self._group)
+            for p, share in zip(params, used.tolist(), strict=True):
+                if share and p.grad is None:
+                    p.grad = torch.zeros_like(p)
+        self.mean_([p.grad for p in params if p.grad is not None])
+
+    def choose(self, select: Callable[[Tensor], Tensor], rise: Tensor) -> tuple[Tensor, float]:
+        """Select among the examples of all ranks.
+
+        Returns:
+            This rank's rows, and the factor of their mean loss with which the mean over the ranks is that over all
+            selected examples. A rank without any takes its first row, with factor 0.
+        """
+        if self.world == 1:
+            return select(rise), 1.0
+        everyone = self._gather(rise)
+        rows = select(torch.cat(everyone))
+        first = sum(len(each) for each in everyone[: self.rank])
+        mine = rows[(rows >= first) & (rows < first + len(rise))] - first
+        if not len(mine):
+            return rows.new_zeros(1), 0.0
+        return mine, self.world * len(mine) / len(rows)
+
+    def _gather(self, values: Tensor) -> list[Tensor]:
+        """Return every rank's ``values``, tensors of one dimension that may differ in length."""
+        if self.world == 1:
+            return [values]
+        lengths = [torch.tensor(0, device=values.device) for _ in range(self.world)]
+        dist.all_gather(lengths, torch.tensor(len(values), device=values.device), group=self._group)
+        longest = max(int(n) for n in lengths)
+        padded = torch.cat([values, values.new_zeros(longest - len(values))])
+        everyone = [torch.empty_like(padded) for _ in range(self.world)]
+        dist.all_gather(everyone, padded, group=self._group)
+        return [each[: int(n)] for each, n in zip(everyone, lengths, strict=True)]

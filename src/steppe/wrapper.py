@@ -1,0 +1,74 @@
+"""An optimizer around another one: the same parameter groups, the same state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .vec import Vec
+
+
+class Wrapper(Optimizer):
+    """An optimizer whose parameter groups and state are those of its base: the same objects.
+
+    Args:
+        base: the optimizer inside.
+    """
+
+    def __init__(self, base: Optimizer) -> None:
+        super().__init__([{"params": []}], base.defaults)
+        self.base = base
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The base's parameter groups, so that a scheduler reaches both."""
+        groups: list[dict[str, Any]] = self.__dict__["base"].param_groups if "base" in self.__dict__ else self._early
+        return groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        if "base" in self.__dict__:
+            self.base.param_groups = groups
+        else:
+            self._early = groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The base's state."""
+        return self.__dict__["base"].state if "base" in self.__dict__ else {}
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        if "base" in self.__dict__:
+            self.base.state = state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base, and so to this optimizer."""
+        if "base" in self.__dict__:
+            self.base.add_param_group(param_group)
+
+    def params(self) -> Vec:
+        """Return all parameters, in the order of the groups."""
+        return [p for group in self.base.param_groups for p in group["params"]]
+
+    def trainable(self) -> Vec:
+        """Return the parameters that require a gradient."""
+        return [p for p in self.params() if p.requires_grad]
+
+    def names(self, params: Vec, named: dict[Tensor, str]) -> list[str]:
+        """Return the parameters' names: those that the base was built with, or else those in ``named``.
+
+        Raises:
+            ValueError: if one has no name.
+        """
+        for group in self.base.param_groups:
+            named.update(zip(group["params"], group.get("param_names", []), strict=False))
+        if any(p not in named for p in params):
+            raise ValueError("the method goes by names: build the base with model.named_parameters()")
+        return [named[p] for p in params]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return all there is to copy or pickle, but a scheduler's patch of ``step``: it is bound to the original."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("step", "_left")}

@@ -1,0 +1,352 @@
+"""What the ranks of ``test_fsdp`` run; every function returns what the tests look at."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.func import functional_call
+
+import nets
+import steppe
+from recipes_list import wrap
+from steppe import vec
+from steppe.lab.memory import peak_memory
+
+STEPS, TOTAL = 4, 12
+
+
+def odd():
+    """An MLP of odd sizes: no dimension divides by two, and one rank holds nothing of the layer with one row."""
+    torch.manual_seed(1)
+    sizes = [6, 7, 1, 5, nets.CLASSES]
+    layers = [layer for a, b in itertools.pairwise(sizes) for layer in (nn.Linear(a, b), nn.Tanh())]
+    return nn.Sequential(*layers[:-1]).double()
+
+
+def attention():
+    """Two blocks of attention, with positions of its own at the root."""
+    torch.manual_seed(2)
+    return nets.Transformer(tokens=5, features=6, width=8, heads=2, depth=2).double()
+
+
+NETS = {"odd": odd, "attention": attention}
+
+
+def shard(model, mesh=None, **how):
+    """Every block, then the root with what is left."""
+    mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model.blocks if hasattr(model, "blocks") else model[2:-1]:
+        if any(True for _ in block.parameters()):
+            fully_shard(block, mesh=mesh, **how)
+    return fully_shard(model, mesh=mesh, **how)
+
+
+def batch_of(net, examples=12):
+    torch.manual_seed(3)
+    shape = (examples, 6) if net == "odd" else (examples, 5, 6)
+    return torch.randn(shape, dtype=torch.float64), torch.randint(nets.CLASSES, (examples,))
+
+
+def here(data):
+    """This rank's part of the batch."""
+    size = -(-len(data[1]) // dist.get_world_size())
+    rows = slice(dist.get_rank() * size, (dist.get_rank() + 1) * size)
+    return tuple(t[rows] for t in data)
+
+
+def whole(tensors):
+    return [t.full_tensor() if isinstance(t, DTensor) else t for t in tensors]
+
+
+def weights(model):
+    return [t.detach().clone() for t in whole(model.parameters())]
+
+
+def apart(a, b):
+    """The largest difference between two lists of tensors."""
+    return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True))
+
+
+def train(model, text, data, base="sgd", steps=STEPS, make=steppe.Batch, **how):
+    """Some steps on one batch; the losses of the first passes, and the optimizer."""
+    opt = wrap(model, text, base, total_steps=TOTAL, **how)
+    return [float(opt.step(make(model, nets.losses, data))) for _ in range(steps)], opt
+
+
+def micro(model, loss_fn, data):
+    """The batch in micro-batches of 1, 3 and the rest."""
+    parts = [tuple(t[rows] for t in data) for rows in (slice(0, 1), slice(1, 4), slice(4, None))]
+    return steppe.Batch.from_micro_batches(model, loss_fn, parts)
+
+
+def differences(cases):
+    """For each case, how far the sharded training ends from the one of the whole batch on a single process."""
+    found = {}
+    for name, (net, text, base, how) in cases.items():
+        try:
+            found[name] = difference(net, text, base, **how)
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def difference(net, text, base, *, mesh=None, accumulate=False, **how):
+    plain, data = NETS[net](), batch_of(net)
+    model = copy.deepcopy(plain)
+    if mesh is not None:
+        mesh = init_device_mesh("cpu", mesh, mesh_dim_names=("replicate", "shard"))
+    shard(model, mesh)
+    losses, _ = train(plain, text, data, base, **how)
+    mine, opt = train(model, text, here(data), base, make=micro if accumulate else steppe.Batch, **how)
+    mean = torch.tensor(mine, dtype=torch.float64)
+    dist.all_reduce(mean)
+    mean /= dist.get_world_size()
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    assert all(p.grad.placements == p.placements for p in model.parameters())
+    return max(apart(weights(plain), weights(model)), apart([torch.tensor(losses)], [mean]))
+
+
+def start(net, text):
+    """How far the first step of plain training and that of the method are apart: what the comparison can see."""
+    ends = []
+    for each in ("sgd()", text):
+        model = NETS[net]()
+        train(model, each, batch_of(net), steps=STEPS)
+        ends.append(weights(model))
+    return apart(*ends)
+
+
+def low_precision(texts):
+    """The same under a mixed-precision policy; its reference casts the weights by hand, a rank's part at a time."""
+
+    def by_hand(model, data):
+        low = {name: p.bfloat16() for name, p in model.named_parameters()}
+        logits = functional_call(model, low, (data[0].bfloat16(),))
+        return nn.functional.cross_entropy(logits, data[1], reduction="none")
+
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    found = {}
+    for text in texts:
+        plain = attention().float()
+        data = tuple(t.float() if t.is_floating_point() else t for t in batch_of("attention"))
+        model = shard(copy.deepcopy(plain), mp_policy=policy)
+        opt = wrap(plain, text, total_steps=TOTAL)
+        halves = [tuple(t[rows] for t in data) for rows in (slice(0, 6), slice(6, None))]
+        for _ in range(STEPS):
+            opt.step(steppe.Batch.from_micro_batches(plain, by_hand, halves))
+        _, sharded = train(model, text, here(data))
+        assert all(p.dtype == torch.float32 for p in model.parameters())
+        found[text] = apart(weights(plain), weights(model))
+    return found
+
+
+def refused(asked):
+    """The messages of what cannot work on shards."""
+    found = []
+    for text, how in asked:
+        model = shard(odd())
+        before = weights(model)
+        try:
+            train(model, text, here(batch_of("odd")), steps=1, **how)
+        except ValueError as error:
+            found.append(str(error))
+        else:
+            found.append("accepted")
+        assert apart(before, weights(model)) == 0
+    return found
+
+
+class Deep(nn.Sequential):
+    """Twelve equal layers, each a shard of its own."""
+
+    def __init__(self):
+        super().__init__(*[nn.Linear(128, 128, bias=False) for _ in range(12)])
+
+
+def peaks(texts):
+    """Bytes of the shard, and peak bytes of each method's training; None is the base's own."""
+
+    def program(text):
+        torch.manual_seed(0)
+        model, data = Deep(), (torch.randn(2, 128), torch.randint(128, (2,)))
+        for layer in model:
+            fully_shard(layer)
+        fully_shard(model)
+        if text is not None:
+            train(model, text, data, steps=3)
+            return
+        base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        for _ in range(3):
+            base.zero_grad()
+            nets.losses(model, data).mean().backward()
+            base.step()
+
+    size = sum(p.numel() * p.element_size() for p in Deep().parameters()) // dist.get_world_size()
+    program(None)
+    return size, {text: peak_memory(partial(program, text)) for text in texts}
+
+
+def fails(text, fail_in):
+    """A pass that raises: how far weights and outputs are from those before, and whether training goes on."""
+    model, data = shard(attention()), here(batch_of("attention"))
+    before, outputs = weights(model), model(data[0]).detach()
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    calls = []
+
+    def loss_fn(model, batch):
+        calls.append(0)
+        losses = nets.losses(model, batch)
+        if len(calls) == fail_in:
+            raise RuntimeError("as asked")
+        return losses
+
+    opt = wrap(model, text, total_steps=TOTAL)
+    try:
+        opt.step(steppe.Batch(model, loss_fn, data))
+    except RuntimeError as error:
+        assert "as asked" in str(error), error
+    else:
+        raise AssertionError(f"{len(calls)} passes, none failed")
+    after = model(data[0]).detach()
+    changed = max(apart(before, weights(model)), apart([outputs], [after]))
+    plain = attention()
+    train(plain, text, batch_of("attention"), steps=1)
+    opt.step(steppe.Batch(model, nets.losses, data))
+    return changed, apart(weights(plain), weights(model))
+
+
+def evaluated(text):
+    """A step after an evaluation, which leaves the root's weights gathered, against one without."""
+    plain, data = attention(), batch_of("attention")
+    model = shard(copy.deepcopy(plain))
+    with torch.no_grad():
+        model.eval()(here(data)[0])
+    train(plain, text, data, steps=1)
+    train(model.train(), text, here(data), steps=1)
+    return apart(weights(plain), weights(model))
+
+
+def resumed(texts):
+    """Training that goes on from a state_dict, against one that never stopped."""
+    found = {}
+    for text in texts:
+        data = batch_of("odd")
+        straight = shard(odd())
+        train(straight, text, here(data), "adamw", steps=6)
+        first = shard(odd())
+        _, opt = train(first, text, here(data), "adamw", steps=3)
+        saved = copy.deepcopy(opt.state_dict())
+        second = shard(odd())
+        for p, q in zip(second.parameters(), first.parameters(), strict=True):
+            vec.copy_([p.detach()], [q.detach()])
+        again = wrap(second, text, "adamw", total_steps=TOTAL)
+        again.load_state_dict(saved)
+        for _ in range(3):
+            again.step(steppe.Batch(second, nets.losses, here(data)))
+        found[text] = apart(weights(straight), weights(second))
+    return found
+
+
+def vectors():
+    """Arithmetic on shards against the same on whole tensors, on a line of four ranks and on two by two."""
+    line = init_device_mesh("cpu", (4,))
+    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    cut = [
+        ((5, 3), line, [Shard(0)]),
+        ((3,), line, [Shard(0)]),
+        ((1, 4), line, [Shard(0)]),
+        ((2, 7), line, [Shard(1)]),
+        ((3, 5, 2), line, [Shard(1)]),
+        ((6,), line, [Replicate()]),
+        ((5, 3), square, [Replicate(), Shard(0)]),
+        ((3,), square, [Replicate(), Shard(0)]),
+        ((3,), square, [Shard(0), Replicate()]),
+        ((7, 2), square, [Shard(0), Shard(0)]),
+        ((5, 5), square, [Shard(0), Shard(1)]),
+        ((5, 5), square, [Shard(1), Shard(0)]),
+        ((4, 2), None, None),
+    ]
+    torch.manual_seed(0)
+
+    def draw():
+        plain = [torch.randn(shape, dtype=torch.float64) for shape, _, _ in cut]
+        pairs = zip(plain, cut, strict=True)
+        return plain, [t if mesh is None else distribute_tensor(t, mesh, places) for t, (_, mesh, places) in pairs]
+
+    found = {}
+    with torch.no_grad():
+        (u, su), (v, sv) = draw(), draw()
+        for p in (1.5, 2.0, 3.0, float("inf")):
+            found[f"norm {p}"] = apart([vec.norm(u, p)], [vec.norm(su, p)])
+        found["dot"] = apart([vec.dot(u, v)], [vec.dot(su, sv)])
+        c = torch.tensor(0.3)
+        overwrite = {
+            "copy_": vec.copy_,
+            "add_": vec.add_,
+            "add_ tensor": lambda a, b: vec.add_(a, b, c),
+            "scale_": lambda a, _: vec.scale_(a, 0.3),
+            "scale_ tensor": lambda a, _: vec.scale_(a, c),
+            "mul_": vec.mul_,
+            "mul_ filter_norms": lambda a, b: vec.mul_(a, vec.filter_norms(b)),
+            "lerp_": lambda a, b: vec.lerp_(a, b, 1.3),
+        }
+        for name, change in overwrite.items():
+            a, sa = vec.clone(u), vec.clone(su)
+            change(a, v)
+            change(sa, sv)
+            found[name] = apart(a, whole(sa))
+            assert all(type(x) is type(y) for x, y in zip(su, sa, strict=True))
+        found["clone"] = apart(u, whole(su))
+        found["reject"] = apart(vec.reject(u, v), whole(vec.reject(su, sv)))
+        noise = [[vec.randn(t, g) for t in each] for each in (u, su) for g in [torch.Generator().manual_seed(5)]]
+        found["randn"] = apart(noise[0], whole(noise[1]))
+        found["join"] = apart([vec.join(u)], [vec.join(su)])
+        mask = vec.split(vec.join(u) > 0, su)
+        found["split"] = apart([t.double() for t in vec.split(vec.join(u) > 0, u)], [t.double() for t in whole(mask)])
+        for made in (noise[1], mask):
+            for t, like in zip(made, su, strict=True):
+                assert type(t) is type(like)
+                assert t.shape == like.shape
+                if isinstance(t, DTensor):
+                    assert t.placements == like.placements
+                    assert t.to_local().shape == like.to_local().shape
+        moved = [t.redistribute(placements=[Replicate()] * t.device_mesh.ndim) for t in sv[:-1]] + sv[-1:]
+        sa, a = vec.clone(su), vec.clone(u)
+        vec.add_(sa, moved)
+        vec.add_(a, v)
+        found["add_ of other placements"] = apart(a, whole(sa))
+    return found
+
+
+def messages():
+    """Collectives of each function on thirty tensors that are cut alike."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    u = [distribute_tensor(torch.ones(5, 3), mesh, [Shard(0)]) for _ in range(15)]
+    u += [distribute_tensor(torch.ones(5), mesh, [Shard(0)]) for _ in range(15)]
+    functions = {
+        "norm": lambda: vec.norm(u),
+        "dot": lambda: vec.dot(u, u),
+        "filter_norms": lambda: vec.filter_norms(u),
+        "add_": lambda: vec.add_(u, u, 0.5),
+        "copy_": lambda: vec.copy_(u, u),
+        "clone": lambda: vec.clone(u),
+        "randn": lambda: [vec.randn(t, torch.Generator()) for t in u],
+    }
+    found = {}
+    with torch.no_grad():
+        for name, function in functions.items():
+            with CommDebugMode() as seen:
+                function()
+            found[name] = seen.get_total_counts()
+    return found
