@@ -61,7 +61,7 @@ def test_a_mean_is_too_little_for_a_selection():
     model, data = nets.mlp()
     batch = steppe.Batch(model, lambda model, d: F.cross_entropy(model(d[0]), d[1]), data)
     before = weights(model)
-    with pytest.raises(TypeError, match="mean.*each example"):
+    with pytest.raises(TypeError, match=r"mean.*each example"):
         wrap(model, "esam_sds()").step(batch)
     assert all(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
 

@@ -129,22 +129,3 @@ def test_inductor_replays_its_own_random_numbers():
     assert torch.equal(masks[2], masks[3])
     assert not torch.equal(masks[0], masks[2])
     assert 0 < masks[0].sum() < masks[0].numel()
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need CUDA")
-@pytest.mark.parametrize("what", COMPILED)
-@pytest.mark.parametrize("text", ["sam()", "gsam()", "esam()"])
-def test_cuda_graphs(text, what):
-    """A graph's outputs are overwritten by its next run: losses and gradients of pass one must be out of it by then."""
-    ends = []
-    for compiled in (None, COMPILED[what]):
-        model, data = network()
-        model.dropout.p = 0.0
-        model.cuda()
-        data = tuple(t.cuda() for t in data)
-        opt = wrap(model, text)
-        run, loss = (model, nets.losses) if compiled is None else compiled(model, mode="reduce-overhead")
-        for _ in range(STEPS):
-            step(opt, run, data, loss)
-        ends.append(weights(model))
-    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)

@@ -146,7 +146,7 @@ class Batch:
             return torch.cat(found)
 
     def product(self, params: Vec, direction: Vec, scaler: torch.amp.GradScaler | None = None) -> Vec:
-        """Return the Hessian of the scaled mean loss times ``direction``: double backward, the math attention kernel."""
+        """Return the Hessian of the scaled loss times ``direction``: double backward, the math attention kernel."""
         if self.ranks.sharded is not None:
             raise ValueError("a sharded model has no Hessian-vector product: leave the second-order term out")
         total = [torch.zeros_like(p) for p in params]
@@ -186,7 +186,7 @@ class Batch:
         groups = []
         for i in range(0, self.size, m):
             rows = torch.arange(i, min(i + m, self.size), device=self.device)
-            group = Batch.__new__(Batch)
+            group = type(self).__new__(type(self))
             group.__dict__.update(self.__dict__)
             group._parts = list(self._cut(rows))
             group.size = len(rows)

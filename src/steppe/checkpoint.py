@@ -13,9 +13,7 @@ from .point import Fill, State
 KEY = "steppe"
 
 
-def pack(
-    base: Optimizer, memories: State, header: dict[str, Any], declared: Mapping[str, Fill] | None = None
-) -> dict[str, Any]:
+def pack(base: Optimizer, memories: State, header: dict[str, Any], declared: Mapping[str, Fill]) -> dict[str, Any]:
     """Return the base's ``state_dict`` with the header in its first group, and the memories in its state.
 
     Every trainable parameter has every memory that is declared: ``torch.distributed.checkpoint`` loads only what
@@ -23,7 +21,7 @@ def pack(
     """
     saved = base.state_dict()
     first, *others = saved["param_groups"]
-    written = {name: any(name in named for named in memories.values()) for name in declared or {}}
+    written = {name: any(name in named for named in memories.values()) for name in declared}
     state = dict(saved["state"])
     for i, p in zip(_ids(saved), _params(base), strict=True):
         kept = memories.get(p, {})

@@ -24,7 +24,8 @@ class Wrapper(Optimizer):
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """The base's parameter groups, so that a scheduler reaches both."""
-        groups: list[dict[str, Any]] = self.__dict__["base"].param_groups if "base" in self.__dict__ else self._early
+        base = getattr(self, "base", None)  # not in __dict__ where a trainer wraps this optimizer by a subclass
+        groups: list[dict[str, Any]] = self._early if base is None else base.param_groups
         return groups
 
     @param_groups.setter
@@ -37,7 +38,8 @@ class Wrapper(Optimizer):
     @property
     def state(self) -> Any:  # type: ignore[override]
         """The base's state."""
-        return self.__dict__["base"].state if "base" in self.__dict__ else {}
+        base = getattr(self, "base", None)
+        return {} if base is None else base.state
 
     @state.setter
     def state(self, state: Any) -> None:

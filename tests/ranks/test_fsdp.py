@@ -26,7 +26,7 @@ RECIPES = [
 PLAIN = {
     f"{text} {net} {base}": (net, text, base, {})
     for text in RECIPES
-    for net, base in [("odd", "sgd"), ("attention", "adamw")]
+    for net, base in [("odd", "adamw"), ("attention", "sgd")]
 }
 ACCUMULATED = {
     f"{text} accumulated": ("attention", text, "sgd", {"accumulate": True})

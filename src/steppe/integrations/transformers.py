@@ -111,7 +111,7 @@ class SharpnessAwareTrainer(Trainer):
             inputs, items, size = data
             items = None if self.method.select else items
             with self.compute_loss_context_manager():
-                loss = self.compute_loss(model, inputs, num_items_in_batch=items)
+                loss = self.compute_loss(model, dict(inputs), num_items_in_batch=items)
             assert isinstance(loss, Tensor)
             if loss.ndim:
                 return loss
