@@ -31,10 +31,10 @@ def losses(model: nn.Module, batch: Any) -> Tensor:
 
 
 def examples(count: int, seed: int) -> TensorDataset:
-    """Points in 20 dimensions, labelled by what a fixed random net says of them."""
+    """Points in 10 dimensions, labelled by what a fixed random net says of them."""
     teacher = torch.Generator().manual_seed(0)
-    first, second = torch.randn(20, 30, generator=teacher), torch.randn(30, 4, generator=teacher)
-    x = torch.randn(count, 20, generator=torch.Generator().manual_seed(seed))
+    first, second = torch.randn(10, 20, generator=teacher), torch.randn(20, 4, generator=teacher)
+    x = torch.randn(count, 10, generator=torch.Generator().manual_seed(seed))
     return TensorDataset(x, ((x @ first).tanh() @ second).argmax(dim=1))
 
 
@@ -66,7 +66,7 @@ def main() -> None:
     loader = DataLoader(train, batch_size=128 // world, sampler=sampler, drop_last=True)
 
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 4)).to(device)
+    model = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 4)).to(device)
     network = DistributedDataParallel(model)
     base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
     steps = args.epochs * len(loader)

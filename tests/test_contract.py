@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import pickle
 import warnings
 
 import pytest
@@ -24,7 +23,6 @@ SCHEDULERS = {
     "sequential": lambda opt: SequentialLR(opt, [LinearLR(opt, 0.1, total_iters=1), StepLR(opt, 1)], milestones=[1]),
     "plateau": lambda opt: ReduceLROnPlateau(opt, patience=0, threshold=10.0),
 }
-NETS = {"sgd": nets.convnet, "adamw": nets.mlp}
 
 
 def rates(make, base: str, on: str, text: str) -> list[float]:
@@ -93,31 +91,6 @@ def through_disk(*states):
     torch.save(states, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
-
-
-@pytest.mark.parametrize("base", NETS)
-@pytest.mark.parametrize("text", EVERY)
-def test_a_run_resumes_from_its_checkpoint_copy_and_pickle(text, base):
-    """A run, and one with a restart in its middle, end in the same weights."""
-    model, data = NETS[base]()
-    opt = wrap(model, text, base, seed=3)
-    for _ in range(3):
-        step(opt, model, data)
-    fresh, _ = NETS[base](seed=1)
-    other = wrap(fresh, text, base)
-    for saved, target in zip(through_disk(model.state_dict(), opt.state_dict()), (fresh, other), strict=True):
-        target.load_state_dict(saved)
-    runs = [(fresh, other), (model, opt)]
-    if base == "adamw":
-        runs[:0] = [copy.deepcopy((model, opt)), pickle.loads(pickle.dumps((model, opt)))]
-    for net, runner in runs:
-        for _ in range(3):
-            step(runner, net, data)
-    end, stats = weights(model), opt.stats
-    for net, runner in runs[:-1]:
-        assert same(weights(net), end)
-        assert runner.stats == stats
-        assert same(snapshot(runner), snapshot(opt))
 
 
 def test_a_copy_under_a_scheduler_steps_itself():

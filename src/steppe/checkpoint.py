@@ -21,13 +21,14 @@ def pack(base: Optimizer, memories: State, header: dict[str, Any], declared: Map
     """
     saved = base.state_dict()
     first, *others = saved["param_groups"]
-    written = {name: any(name in named for named in memories.values()) for name in declared}
+    written = {**dict.fromkeys(declared, False), **{name: True for named in memories.values() for name in named}}
     state = dict(saved["state"])
     for i, p in zip(_ids(saved), _params(base), strict=True):
         kept = memories.get(p, {})
-        if declared and (kept or p.requires_grad):
-            named = {name: kept[name] if name in kept else fill(p.detach()) for name, fill in declared.items()}
-            state[i] = {**state.get(i, {}), **{f"{KEY}.{name}": t for name, t in named.items()}}
+        if written and (kept or p.requires_grad):
+            stand_ins = {name: fill(p.detach()) for name, fill in declared.items() if name not in kept}
+            named = {f"{KEY}.{name}": t for name, t in {**stand_ins, **kept}.items()}
+            state[i] = {**state.get(i, {}), **named}
     first = {**first, KEY: {**header, "memories": written}}
     return {**saved, "state": state, "param_groups": [first, *others]}
 

@@ -87,7 +87,8 @@ def add_(u: Sequence[Tensor], v: Sequence[Tensor], c: Tensor | float = 1.0) -> N
     if _is_low(here) or (isinstance(c, Tensor) and c.device.type != "cpu"):
         torch._foreach_addcmul_(here, there, _beside(c, here))
     else:
-        torch._foreach_add_(here, there, alpha=float(c))
+        number, largest = float(c), torch.finfo(here[0].dtype).max
+        torch._foreach_add_(here, there, alpha=number if abs(number) <= largest else math.copysign(math.inf, number))
 
 
 def mul_(u: Sequence[Tensor], v: Sequence[Tensor]) -> None:

@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedType
-from accelerate.state import AcceleratorState, GradientState
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, TensorDataset
 
 import nets
@@ -49,15 +50,16 @@ def examples(count=COUNT):
     return torch.randn(count, 6, generator=draw), torch.randint(3, (count,), generator=draw)
 
 
-def prepared(model, method, *, mixed=None, scaler=None, size=4, count=COUNT, **options):
+def prepared(model, method, *, mixed=None, scaler=None, size=4, count=COUNT, sharded=False):
     """Return what a script has after ``accelerator.prepare``."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATE, mixed_precision=mixed)
     if scaler is not None:  # which Accelerate makes for no CPU
         accelerator.native_amp, accelerator.scaler = True, scaler
+    if sharded:  # which it allows on GPUs
+        PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
     base = torch.optim.AdamW(model.parameters(), lr=0.05)
-    opt = AcceleratedSharpnessAware(
-        steppe.SharpnessAware(base, method, clip=CLIP, total_steps=4, **options), accelerator
-    )
+    opt = AcceleratedSharpnessAware(steppe.SharpnessAware(base, method, clip=CLIP, total_steps=4), accelerator)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(base, 0.8)
     loader = DataLoader(TensorDataset(*examples(count)), batch_size=size)
     return accelerator, *accelerator.prepare(model, opt, loader, scheduler)
@@ -74,11 +76,11 @@ def run(accelerator, model, opt, loader, scheduler, epochs=EPOCHS):
     return losses
 
 
-def loop(model, method, *, autocast=None, scaler=None, epochs=EPOCHS, **options):
+def loop(model, method, *, autocast=None, scaler=None, epochs=EPOCHS):
     """Run the plain loop, and return its optimizer and the losses."""
     micro = list(zip(*(t.split(SIZES) for t in examples()), strict=True))
     base, losses = torch.optim.AdamW(model.parameters(), lr=0.05), []
-    opt = steppe.SharpnessAware(base, method, clip=CLIP, scaler=scaler, total_steps=4, **options)
+    opt = steppe.SharpnessAware(base, method, clip=CLIP, scaler=scaler, total_steps=4)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(base, 0.8)
     for parts in [micro[:ACCUMULATE], micro[ACCUMULATE:]] * epochs:
         skipped = opt.stats.skipped
@@ -233,19 +235,27 @@ def test_what_cannot_work_is_refused(state, word):
         AcceleratedSharpnessAware(sharp, accelerator)
 
 
-def two_ranks(text, **options):
+def two_ranks(wrappers):
     """Run the loop on this rank, each with every second micro-batch of 2."""
     os.environ.update(RANK=str(dist.get_rank()), LOCAL_RANK=str(dist.get_rank()), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-    model = network()
-    accelerator, wrapped, opt, loader, scheduler = prepared(model, steppe.parse(text), size=2, count=24, **options)
-    assert isinstance(wrapped, torch.nn.parallel.DistributedDataParallel)
-    assert len(loader) == 6
-    run(accelerator, wrapped, opt, loader, scheduler)
-    return [p.detach() for p in model.parameters()], scheduler.scheduler.last_epoch
+    ends = []
+    for wrapper in wrappers:
+        AcceleratorState._reset_state(True)
+        model = network()
+        script = prepared(model, steppe.sam(0.2), size=2, count=24, sharded=wrapper == "FSDP2")
+        _, wrapped, opt, loader, scheduler = script
+        kind = {"DDP": torch.nn.parallel.DistributedDataParallel, "FSDP2": FSDPModule}[wrapper]
+        assert isinstance(wrapped, kind)
+        assert len(loader) == 6
+        run(*script)
+        assert opt.optimizer.stats.steps == 4
+        ends.append([getattr(p, "full_tensor", lambda p=p: p)().detach() for p in model.parameters()])
+        ends[-1].append(torch.tensor(scheduler.scheduler.last_epoch))
+    return ends
 
 
 def test_two_processes_are_one_with_the_whole_batch():
-    (first, epochs), (second, _) = launch(2, two_ranks, "sam(0.2)", seconds=300.0)
+    first, second = launch(2, two_ranks, ["DDP", "FSDP2"], seconds=300.0)
     plain = network()
     base = torch.optim.AdamW(plain.parameters(), lr=0.05)
     opt = steppe.SharpnessAware(base, steppe.sam(0.2), clip=CLIP)
@@ -254,9 +264,10 @@ def test_two_processes_are_one_with_the_whole_batch():
         opt.step(steppe.Batch(plain, nets.losses, data))
         for _ in range(2):  # as Accelerate does, once for every rank
             scheduler.step()
-    assert all(torch.equal(p, q) for p, q in zip(first, second, strict=True))
-    assert max(float((p - q).detach().abs().max()) for p, q in zip(first, plain.parameters(), strict=True)) < 1e-6
-    assert epochs == scheduler.last_epoch
+    expected = [*(p.detach() for p in plain.parameters()), torch.tensor(scheduler.last_epoch)]
+    for ours, others in zip(first, second, strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(ours, others, strict=True))
+        assert max(float((p - q).abs().max()) for p, q in zip(ours, expected, strict=True)) < 1e-6
 
 
 def test_the_example_runs(capsys):

@@ -125,6 +125,9 @@ def test_the_noise_has_the_deviation_of_the_merged_rows(kind):
     model = adapted(nn.Sequential(layer), "0")
     opt = sharp(model, steppe.sgd())
     (lora,) = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    with torch.no_grad():
+        for row, b in enumerate(lora.lora_B["default"].weight):
+            b.mul_(2**row)
     rows = 1 if kind == "conv1d" else 0
     merged = lora.get_delta_weight("default").detach().transpose(0, rows).flatten(1)
     with flat_lora(model, opt, SIGMA):
@@ -132,7 +135,6 @@ def test_the_noise_has_the_deviation_of_the_merged_rows(kind):
     assert layer.weight.abs().max() == 0
     ratio = eps.norm(dim=1) / merged.norm(dim=1)
     torch.testing.assert_close(ratio, torch.full((5,), SIGMA), rtol=0.15, atol=0)
-    assert merged.norm(dim=1).max() > 1.2 * merged.norm(dim=1).min()
     assert eps.mean().abs() < 4 * eps.std() / eps.numel() ** 0.5
 
 

@@ -154,7 +154,7 @@ def test_a_mean_loss_is_averaged_over_the_micro_batches_as_in_the_stock_trainer(
         "rwp(0.2, alpha=0)",
         "looksam(0.2, k=2)",
         "rst(gsam(0.2))",
-        "ssam_dynamic(0.2)",
+        "rst(sam(0.2), cosine())",
     ],
 )
 def test_the_trainer_is_the_plain_loop(text, tmp_path):
@@ -234,6 +234,7 @@ def test_labels_are_there_in_the_second_pass_too(tmp_path):
 
 def test_a_method_that_looks_at_examples_gets_their_losses(tmp_path):
     def each(outputs, labels, num_items_in_batch=None):
+        assert num_items_in_batch is None
         return F.cross_entropy(outputs.logits, labels, reduction="none")
 
     def loss_fn(model, data):

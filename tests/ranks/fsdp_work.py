@@ -161,6 +161,7 @@ def refused(asked):
             found.append(str(error))
         else:
             found.append("accepted")
+            continue
         assert apart(before, weights(model)) == 0
     return found
 
@@ -230,10 +231,11 @@ def evaluated(text):
     """A step after an evaluation, which leaves the root's weights gathered, against one without."""
     plain, data = attention(), batch_of("attention")
     model = shard(copy.deepcopy(plain))
+    opt = wrap(model, text, total_steps=TOTAL)
     with torch.no_grad():
         model.eval()(here(data)[0])
     train(plain, text, data, steps=1)
-    train(model.train(), text, here(data), steps=1)
+    opt.step(steppe.Batch(model.train(), nets.losses, here(data)))
     return apart(weights(plain), weights(model))
 
 

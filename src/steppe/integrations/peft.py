@@ -80,4 +80,4 @@ def _noise(layer: Any, weight: Tensor, generator: Generator) -> Tensor:
     dims = [dim for dim in range(weight.ndim) if dim != rows]
     inputs = weight.numel() / weight.shape[rows]
     noise = torch.randn(weight.shape, dtype=merged.dtype, device=weight.device, generator=generator)
-    return noise.mul_(torch.linalg.vector_norm(merged, dim=dims, keepdim=True))
+    return noise.mul_(torch.linalg.vector_norm(merged, dim=dims, keepdim=True)).div_(math.sqrt(inputs))
