@@ -15,8 +15,6 @@ all-reduce.
 from __future__ import annotations
 
 import argparse
-import datetime
-import platform
 import random
 import statistics
 import tempfile
@@ -36,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import steppe
+from machine import described
 from steppe.lab import models
 
 WORLD = 2
@@ -135,13 +134,6 @@ def over(found: dict[str, list[float]], name: str, unit: str) -> str:
     return f"{statistics.median(a / b for a, b in zip(found[name], found[unit], strict=True)):.2f}"
 
 
-def cpu() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor())
-
-
 def main() -> None:
     """Measure, and print the table as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -152,9 +144,9 @@ def main() -> None:
     found = {title: run(kind, args.rounds, args.batch) if kind else None for title, kind in kinds.items()}
 
     table = Table(box=box.MARKDOWN)
-    headings = [f"{title}: {what}" for title in kinds for what in ("over SGD's DDP step", "over SGD on one rank", "ms")]
+    headings = [f"{title}: {what}" for title in kinds for what in ("over SGD, DDP", "over SGD, one rank", "ms")]
     for heading in ("step on two ranks", "limit over DDP", "paper over one rank", *headings):
-        table.add_column(heading)
+        table.add_column(heading, no_wrap=True)
     for name in (ONE, APART, UNIT, *METHODS):
         cells = [f"{where[name]:.2f}" if name in where else "" for where in (LIMITS, PAPER)]
         for times in found.values():
@@ -164,13 +156,10 @@ def main() -> None:
                 milliseconds = statistics.median(times[name]) * 1e3
                 cells += [over(times, name, UNIT), over(times, name, ONE), f"{milliseconds:.1f}"]
         table.add_row(name, *cells)
-    console = Console(width=240)
+    console = Console(width=250)
     console.print(table)
-    today = datetime.date.today().isoformat()
-    console.print(
-        f"\n`python benchmarks/ranks.py`, {today}, {cpu()}, {WORLD} ranks of one thread, {args.batch} examples a rank, "
-        f"{args.rounds} rounds, Python {platform.python_version()}, torch {torch.__version__}"
-    )
+    how = f"{WORLD} ranks of one thread, {args.batch} examples a rank, {args.rounds} rounds"
+    console.print(f"\n`python benchmarks/ranks.py`, {how}; {described()}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -26,13 +26,13 @@ NETS = {"sgd": nets.convnet, "adamw": nets.mlp}
 def save(folder, model, opt, **how) -> None:
     options = StateDictOptions(**how)
     state = dict(zip(("model", "opt"), get_state_dict(model, opt, options=options), strict=True))
-    dcp.save(state, checkpoint_id=folder, no_dist=True)
+    dcp.save(state, checkpoint_id=folder)
 
 
 def load(folder, model, opt, **how) -> None:
     options = StateDictOptions(**how)
     state = dict(zip(("model", "opt"), get_state_dict(model, opt, options=options), strict=True))
-    dcp.load(state, checkpoint_id=folder, no_dist=True)
+    dcp.load(state, checkpoint_id=folder)
     set_state_dict(model, opt, model_state_dict=state["model"], optim_state_dict=state["opt"], options=options)
 
 

@@ -17,6 +17,7 @@ MAY = {
     "vec": set(),
     "checks": set(),
     "rng": set(),
+    "caches": set(),
     "norms": set(),
     "examples": set(),
     "ranks": set(),
@@ -26,8 +27,8 @@ MAY = {
     "rounding": {"vec"},
     "point": {"vec"},
     "checkpoint": {"point"},
-    "batch": {"vec", "norms", "rng", "examples", "ranks", "rounding"},
-    "closure": {"vec", "ranks", "rng"},
+    "batch": {"vec", "caches", "norms", "rng", "examples", "ranks", "rounding"},
+    "closure": {"vec", "caches", "ranks", "rng"},
     "method": {"point", "checks"},
     "stats": {"method"},
     "split": {"method"},
@@ -35,7 +36,7 @@ MAY = {
     "recipes": {"method", "parts", "point", "checks", "recipes"},
     "text": {"recipes", "method"},
     "passes": {"wrapper", "groups", "rounding", "split", "vec", "batch", "closure", "method", "point", "stats"},
-    "step": {"passes", "update", "checkpoint", "split", "checks", "rounding"}
+    "step": {"passes", "wrapper", "update", "checkpoint", "split", "checks", "rounding"}
     | {"batch", "closure", "method", "point", "stats", "vec"},
 }
 

@@ -90,11 +90,12 @@ def perturbations(text: str, radii: list[float | None], **kwargs) -> list[Tensor
 
 
 ONE_RADIUS = [t for t in EVERY if "rst" not in t and "gsam(rho_min" not in t and "by_name" not in t and t != "sgd()"]
-COMBINING = ("rho_min", "looksam", "other", "m_sharpness", "sds", "esam")
+MANY_RADII = [t for t in ONE_RADIUS if "second_order" not in t]
+COMBINING = ("second_order", "rho_min", "looksam", "other", "m_sharpness", "sds", "esam")
 AS_THE_BASE = [t for t in EVERY if not any(word in t for word in COMBINING)]
 
 
-@pytest.mark.parametrize("text", [t for t in ONE_RADIUS if "steps=2" not in t])
+@pytest.mark.parametrize("text", [t for t in MANY_RADII if "steps=2" not in t])
 def test_a_radius_scales_its_group_of_any_perturbation(text):
     """``(ρ_group/ρ) ε(ρ)``, whatever ε is."""
     whole = perturbations(text, [None] * 3, seed=1)
@@ -105,7 +106,7 @@ def test_a_radius_scales_its_group_of_any_perturbation(text):
         torch.testing.assert_close(other, one * [2, 1, 0.25][i // 2], rtol=1e-9, atol=1e-15)
 
 
-@pytest.mark.parametrize("text", ONE_RADIUS)
+@pytest.mark.parametrize("text", MANY_RADII)
 def test_a_radius_of_zero_leaves_the_group_alone(text):
     moved = perturbations(text, [0.0, None, None], seed=3)
     assert not any(e.any() for e in moved[:2])

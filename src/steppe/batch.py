@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils import parametrize
 
-from . import norms, rng, vec
+from . import caches, norms, rng, vec
 from .examples import extent, take, to_float32
 from .ranks import Ranks
 from .rounding import widened
@@ -86,12 +85,27 @@ class Batch:
         Raises:
             ValueError: if there is no micro-batch, or one is empty.
         """
+        return cls.join([cls(model, loss_fn, data, **how) for data in batches])
+
+    @classmethod
+    def join(cls, batches: Sequence[Batch]) -> Batch:
+        """Return the one batch that several make together, run as the first of them.
+
+        Raises:
+            ValueError: if there is none, or they differ in model or loss.
+        """
         if not batches:
             raise ValueError("no micro-batches: a step needs at least one example")
-        joined = [cls(model, loss_fn, data, **how) for data in batches]
-        whole = joined[0]
-        whole._parts = [part for each in joined for part in each._parts]
-        whole.size = sum(size for _, size in whole._parts)
+        first = batches[0]
+        if any(each.model is not first.model or each.loss_fn != first.loss_fn for each in batches):
+            raise ValueError(
+                "the micro-batches of one step differ in model or loss_fn: define both outside of the loop"
+            )
+        parts = [part for each in batches for part in each._chunks(None)]
+        whole = cls(
+            first.model, first.loss_fn, parts[0][0], autocast=first.autocast, replay=first.replay, hold=first.hold
+        )
+        whole._parts, whole.size = parts, sum(size for _, size in parts)
         return whole
 
     def backward(
@@ -150,7 +164,12 @@ class Batch:
         if self.ranks.sharded is not None:
             raise ValueError("a sharded model has no Hessian-vector product: leave the second-order term out")
         total = [torch.zeros_like(p) for p in params]
-        with torch.enable_grad(), self._pass(True), sdpa_kernel(SDPBackend.MATH), self.ranks.reducing(False):
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled graphs have no double backward
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(self._pass(True))
+            stack.enter_context(self.ranks.reducing(False))
             for data, count in self._chunks(None):
                 loss = self._losses(data, count).sum() / self.size
                 loss = loss if scaler is None else scaler.scale(loss)
@@ -168,6 +187,7 @@ class Batch:
         whole = torch.arange(min(count, self.size), device=self.device)
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
+            stack.enter_context(torch.compiler.set_stance("force_eager"))  # one graph more, for single examples
             stack.enter_context(rng.kept(self._devices()))
             stack.enter_context(self._pass(True))
             stack.enter_context(_evaluating(self.model))
@@ -270,8 +290,7 @@ class Batch:
                 self._before = rng.states(self._devices())
             elif self._before is not None and self.replay:
                 stack.enter_context(rng.replay(self._before))
-            torch.clear_autocast_cache()  # an outer autocast would go on with its casts of other weights
-            parametrize._cache.clear()  # and so would parametrize.cached()
+            stack.enter_context(caches.forgotten())
             yield begin
 
     def _devices(self) -> set[torch.device]:

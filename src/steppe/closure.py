@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.utils import parametrize
 from torch.utils.weak import TensorWeakRef
 
-from . import rng
+from . import caches, rng
 from .ranks import Ranks
 from .vec import Vec
 
@@ -51,8 +50,7 @@ class Closure:
                     if id(p) not in wanted:
                         stack.callback(p.requires_grad_, True)
                         p.requires_grad_(False)
-            torch.clear_autocast_cache()
-            parametrize._cache.clear()
+            stack.enter_context(caches.forgotten())
             loss = self.closure()
         if loss is None:
             raise TypeError("the closure returned None: return the loss after calling backward on it")

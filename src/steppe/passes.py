@@ -54,6 +54,10 @@ class Passes(Wrapper):
         before = self._run(source, picked, reduce=not local) if first else None
         slopes = _take(params, copy=ranks.shared_buffers and combine.needs_g0)
         radii = groups.radii(self.base.param_groups)
+        if combine.needs_product and set(radii.values()) - {rho}:
+            raise ValueError(
+                f"{combine!r} has one radius for all weights: no parameter group may have a rho of its own"
+            )
         climbs = [
             (g is not None or not perturb.needs_g0) and radii.get(p, rho) > 0
             for p, g in zip(params, slopes, strict=True)

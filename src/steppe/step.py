@@ -21,6 +21,7 @@ from .passes import Passes, Source
 from .point import Memory, Point
 from .stats import Stats
 from .vec import Vec
+from .wrapper import refuse_complex
 
 
 class SharpnessAware(Passes):
@@ -82,8 +83,7 @@ class SharpnessAware(Passes):
         method = self.method
         if not self.trainable():
             raise ValueError("the base optimizer holds no trainable parameter: none has requires_grad=True")
-        if any(p.is_complex() for p in self.trainable()):
-            raise ValueError("a parameter is complex: keep it as torch.view_as_real, and make it complex in forward")
+        refuse_complex(self.trainable())
         checks.one_of(ascent=(self.ascent, ("global", "local")))
         checks.one_of(rounding=(self.rounding, ("stochastic", "nearest", "float32")))
         update.check_clip(self.clip)
@@ -227,17 +227,11 @@ class SharpnessAware(Passes):
         peak = float(first.get("max_lr", first.get("initial_lr", lr)))
         return Point(self.stats.steps, self.total_steps, lr, peak, self.seed, group, Memory(self._memory, params))
 
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
-        """Return the base's ``state_dict`` with the method, its seed, counts and memories in it, under ``"steppe"``."""
+    def _save(self) -> dict[str, Any]:
         header = {"method": repr(self.method), "seed": self.seed, "stats": asdict(self.stats)}
         return pack(self.base, self._memory, header, self.method.memories)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict`` returned; one of the base alone is accepted and starts the method afresh.
-
-        Raises:
-            ValueError: if it was saved by another method; the message names both.
-        """
-        header = unpack(self.base, self._memory, state_dict, repr(self.method))
+    def _load(self, saved: dict[str, Any]) -> None:
+        header = unpack(self.base, self._memory, saved, repr(self.method))
         self.stats = Stats(**header["stats"]) if header else Stats()
         self.seed = header["seed"] if header else self.seed

@@ -47,9 +47,46 @@ class Wrapper(Optimizer):
             self.base.state = state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base, and so to this optimizer."""
+        """Add a group to the base, and so to this optimizer.
+
+        Raises:
+            ValueError: if a parameter is complex.
+        """
         if "base" in self.__dict__:
             self.base.add_param_group(param_group)
+            try:
+                refuse_complex(self.params())
+            except ValueError:
+                self.base.param_groups.pop()
+                raise
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        """Return all that a checkpoint needs, after the hooks registered for that."""
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        saved = self._save()
+        for after in self._optimizer_state_dict_post_hooks.values():
+            saved = after(self, saved) or saved
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` returned; one of the base alone is accepted and starts the method afresh.
+
+        Raises:
+            ValueError: if it was saved by another method; the message names both.
+        """
+        saved = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            saved = before(self, saved) or saved
+        self._load(saved)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def _save(self) -> dict[str, Any]:
+        return self.base.state_dict()
+
+    def _load(self, saved: dict[str, Any]) -> None:
+        self.base.load_state_dict(saved)
 
     def params(self) -> Vec:
         """Return all parameters, in the order of the groups."""
@@ -74,3 +111,13 @@ class Wrapper(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Return all there is to copy or pickle, but a scheduler's patch of ``step``: it is bound to the original."""
         return {name: value for name, value in self.__dict__.items() if name not in ("step", "_left")}
+
+
+def refuse_complex(params: Vec) -> None:
+    """Refuse complex parameters.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    if any(p.is_complex() for p in params):
+        raise ValueError("a parameter is complex: keep it as torch.view_as_real, and make it complex in forward")

@@ -250,7 +250,7 @@ def test_a_method_that_looks_at_examples_gets_their_losses(tmp_path):
     for i in [*range(0, len(micro), ACCUMULATE)] * EPOCHS:
         opt.step(steppe.Batch.from_micro_batches(plain, loss_fn, micro[i : i + ACCUMULATE]))
     assert far(weights(ours), weights(plain)) < 1e-6
-    with pytest.raises(TypeError, match=r"loss of each example, shape \(B,\)"):
+    with pytest.raises(TypeError, match=r"loss of each example.*shape \(B,\)"):
         train(Sharp, bert(), tmp_path, method=method)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
+import traceback
 from functools import partial
 
 import torch
@@ -20,6 +22,7 @@ import steppe
 from recipes_list import wrap
 from steppe import vec
 from steppe.lab.memory import peak_memory
+from steppe.point import Memory, Point
 
 STEPS, TOTAL = 3, 12
 
@@ -39,6 +42,7 @@ def attention():
 
 
 NETS = {"odd": odd, "attention": attention}
+NETS_AND_BASES = [("odd", "adamw"), ("attention", "sgd")]
 
 
 def shard(model, mesh=None, **how):
@@ -88,25 +92,32 @@ def micro(model, loss_fn, data):
     return steppe.Batch.from_micro_batches(model, loss_fn, parts)
 
 
-def differences(cases):
-    """For each case, how far the sharded training ends from the one of the whole batch on a single process."""
+def several(jobs):
+    """Run ``(name of a function, arguments)`` one after the other; what one raises is its result, as a text."""
     found = {}
-    for name, (net, text, base, how) in cases.items():
+    for job, (function, args) in jobs.items():
         try:
-            found[name] = difference(net, text, base, **how)
-        except Exception as error:
-            found[name] = f"{type(error).__name__}: {error}"
+            found[job] = globals()[function](*args)
+        except Exception:
+            found[job] = traceback.format_exc()
     return found
 
 
-def difference(net, text, base, *, mesh=None, accumulate=False, **how):
+def difference(net, text, base, how):
+    """How far the sharded training ends from the one of the whole batch on a single process."""
+    return _difference(net, text, base, **how)
+
+
+def _difference(net, text, base, *, mesh=None, accumulate=False, scale=None, **how):
     plain, data = NETS[net](), batch_of(net)
     model = copy.deepcopy(plain)
     if mesh is not None:
         mesh = init_device_mesh("cpu", mesh, mesh_dim_names=("replicate", "shard"))
     shard(model, mesh)
     losses, _ = train(plain, text, data, base, **how)
-    mine, opt = train(model, text, here(data), base, make=micro if accumulate else steppe.Batch, **how)
+    if scale is not None:
+        how["scaler"] = torch.amp.GradScaler("cpu", init_scale=scale)
+    mine, _ = train(model, text, here(data), base, make=micro if accumulate else steppe.Batch, **how)
     mean = torch.tensor(mine, dtype=torch.float64)
     dist.all_reduce(mean)
     mean /= dist.get_world_size()
@@ -115,17 +126,7 @@ def difference(net, text, base, *, mesh=None, accumulate=False, **how):
     return max(apart(weights(plain), weights(model)), apart([torch.tensor(losses, dtype=torch.float64)], [mean]))
 
 
-def start(net, text):
-    """How far the first step of plain training and that of the method are apart: what the comparison can see."""
-    ends = []
-    for each in ("sgd()", text):
-        model = NETS[net]()
-        train(model, each, batch_of(net), steps=STEPS)
-        ends.append(weights(model))
-    return apart(*ends)
-
-
-def low_precision(texts):
+def low_precision(text):
     """The same under a mixed-precision policy; its reference casts the weights by hand, a rank's part at a time."""
 
     def by_hand(model, data):
@@ -134,36 +135,28 @@ def low_precision(texts):
         return nn.functional.cross_entropy(logits, data[1], reduction="none")
 
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    found = {}
-    for text in texts:
-        plain = attention().float()
-        data = tuple(t.float() if t.is_floating_point() else t for t in batch_of("attention"))
-        model = shard(copy.deepcopy(plain), mp_policy=policy)
-        opt = wrap(plain, text, total_steps=TOTAL)
-        halves = [tuple(t[rows] for t in data) for rows in (slice(0, 6), slice(6, None))]
-        for _ in range(STEPS):
-            opt.step(steppe.Batch.from_micro_batches(plain, by_hand, halves))
-        _, sharded = train(model, text, here(data))
-        assert all(p.dtype == torch.float32 for p in model.parameters())
-        found[text] = apart(weights(plain), weights(model))
-    return found
+    plain = attention().float()
+    data = tuple(t.float() if t.is_floating_point() else t for t in batch_of("attention"))
+    model = shard(copy.deepcopy(plain), mp_policy=policy)
+    opt = wrap(plain, text, total_steps=TOTAL)
+    halves = [tuple(t[rows] for t in data) for rows in (slice(0, 6), slice(6, None))]
+    for _ in range(STEPS):
+        opt.step(steppe.Batch.from_micro_batches(plain, by_hand, halves))
+    train(model, text, here(data))
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    return apart(weights(plain), weights(model))
 
 
-def refused(asked):
-    """The messages of what cannot work on shards."""
-    found = []
-    for text, how in asked:
-        model = shard(odd())
-        before = weights(model)
-        try:
-            train(model, text, here(batch_of("odd")), steps=1, **how)
-        except ValueError as error:
-            found.append(str(error))
-        else:
-            found.append("accepted")
-            continue
+def refused(text, how):
+    """The message of what cannot work on shards."""
+    model = shard(odd())
+    before = weights(model)
+    try:
+        train(model, text, here(batch_of("odd")), steps=1, **how)
+    except ValueError as error:
         assert apart(before, weights(model)) == 0
-    return found
+        return str(error)
+    return "accepted"
 
 
 class Deep(nn.Sequential):
@@ -174,26 +167,76 @@ class Deep(nn.Sequential):
 
 
 def peaks(texts):
-    """Bytes of the shard, and peak bytes of each method's training; None is the base's own."""
+    """Bytes of one layer and of the shard; and for each method those that the perturbation takes at its peak."""
+    model = Deep()
+    for layer in [*model, model]:
+        fully_shard(layer)
+    w = list(model.parameters())
+    size = sum(p.to_local().nbytes for p in w)
 
-    def program(text):
-        torch.manual_seed(0)
-        model, data = Deep(), (torch.randn(2, 128), torch.randint(128, (2,)))
-        for layer in model:
+    def move(at, perturb):
+        home = vec.clone(w)
+        vec.add_(w, *perturb(at, 0.05))
+        vec.copy_(w, home)
+
+    found = {}
+    with torch.no_grad():
+        for text in [*texts, *texts]:  # once to warm up
+            at = Point(0, None, 0.1, 0.1, 0, 0, Memory({}, w), w=w, g0=vec.clone(w), spare=True)
+            found[text] = peak_memory(partial(move, at, steppe.parse(text).perturb))
+    return 128 * 128 * 4, size, found
+
+
+def held(texts):
+    """Bytes of the shard; and for each method those of all tensors alive when its last pass begins."""
+    torch.manual_seed(0)
+    data, found = (torch.randn(2, 128), torch.randint(128, (2,))), {}
+    for text in texts:
+        model, alive = Deep(), []
+        for layer in [*model, model]:
             fully_shard(layer)
-        fully_shard(model)
-        if text is not None:
-            train(model, text, data, steps=3)
-            return
-        base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-        for _ in range(3):
-            base.zero_grad()
-            nets.losses(model, data).mean().backward()
-            base.step()
 
-    size = sum(p.numel() * p.element_size() for p in Deep().parameters()) // dist.get_world_size()
-    program(None)
-    return size, {text: peak_memory(partial(program, text)) for text in texts}
+        def loss_fn(model, batch, alive=alive, passes=round(steppe.parse(text).cost())):
+            alive.append(0)
+            if len(alive) == passes:
+                gc.collect()
+                plain = [t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter)]
+                alive[-1] = sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in plain}.values())
+            return nets.losses(model, batch)
+
+        wrap(model, text, total_steps=TOTAL).step(steppe.Batch(model, loss_fn, data))
+        found[text] = alive[-1]
+    return sum(p.to_local().nbytes for p in model.parameters()), found
+
+
+def not_a_number(text):
+    """A loss that is NaN on one rank alone: the message of this one, and how far the weights have moved."""
+    model = shard(odd())
+    before, opt = weights(model), wrap(model, text, total_steps=TOTAL)
+
+    def loss_fn(model, batch):
+        return nets.losses(model, batch) * (float("nan") if dist.get_rank() == 1 else 1.0)
+
+    try:
+        opt.step(steppe.Batch(model, loss_fn, here(batch_of("odd"))))
+    except ValueError as error:
+        return str(error), apart(before, weights(model))
+    return "accepted", 0.0
+
+
+def in_bf16():
+    """Effective ρ of bf16 weights, along what was asked, and the message of what FSDP cannot hold."""
+    torch.manual_seed(0)
+    model, data = Deep().bfloat16(), (torch.randn(2, 128).bfloat16(), torch.randint(128, (2,)))
+    for layer in [*model, model]:
+        fully_shard(layer)
+    opt = wrap(model, "sam(0.05)")
+    opt.step(steppe.Batch(model, nets.losses, data))
+    try:
+        wrap(model, "sam(0.05)", rounding="float32").step(steppe.Batch(model, nets.losses, data))
+    except ValueError as error:
+        return opt.stats.projected, str(error)
+    return opt.stats.projected, "accepted"
 
 
 def fails(text, fail_in):
@@ -239,25 +282,20 @@ def evaluated(text):
     return apart(weights(plain), weights(model))
 
 
-def resumed(texts):
+def resumed(text):
     """Training that goes on from a state_dict, against one that never stopped."""
-    found = {}
-    for text in texts:
-        data = batch_of("odd")
-        straight = shard(odd())
-        train(straight, text, here(data), "adamw", steps=6)
-        first = shard(odd())
-        _, opt = train(first, text, here(data), "adamw", steps=3)
-        saved = copy.deepcopy(opt.state_dict())
-        second = shard(odd())
-        for p, q in zip(second.parameters(), first.parameters(), strict=True):
-            vec.copy_([p.detach()], [q.detach()])
-        again = wrap(second, text, "adamw", total_steps=TOTAL)
-        again.load_state_dict(saved)
-        for _ in range(3):
-            again.step(steppe.Batch(second, nets.losses, here(data)))
-        found[text] = apart(weights(straight), weights(second))
-    return found
+    data = here(batch_of("odd"))
+    straight, first, second = shard(odd()), shard(odd()), shard(odd())
+    train(straight, text, data, "adamw", steps=4)
+    _, opt = train(first, text, data, "adamw", steps=2)
+    saved = copy.deepcopy(opt.state_dict())
+    for p, q in zip(second.parameters(), first.parameters(), strict=True):
+        vec.copy_([p.detach()], [q.detach()])
+    again = wrap(second, text, "adamw", total_steps=TOTAL)
+    again.load_state_dict(saved)
+    for _ in range(2):
+        again.step(steppe.Batch(second, nets.losses, data))
+    return apart(weights(straight), weights(second))
 
 
 def vectors():

@@ -75,7 +75,7 @@ class AcceleratedSharpnessAware(AcceleratedOptimizer):  # type: ignore[misc]
         if not self.gradient_state.sync_gradients:
             return None
         waiting, self._waiting = self._waiting, []
-        return self._take(_join(waiting))
+        return self._take(Batch.join(waiting))
 
     def _take(self, batch: Batch) -> Tensor:
         """Take one step, and note for the scheduler whether an overflow kept it from happening."""
@@ -83,18 +83,6 @@ class AcceleratedSharpnessAware(AcceleratedOptimizer):  # type: ignore[misc]
         loss: Tensor = self.optimizer.step(batch)
         self._is_overflow = self.optimizer.stats.steps == before
         return loss
-
-
-def _join(batches: list[Batch]) -> Batch:
-    """Return one batch of all micro-batches."""
-    first = batches[0]
-    if len(batches) == 1:
-        return first
-    if any(each.model is not first.model or each.loss_fn != first.loss_fn for each in batches):
-        raise ValueError("the micro-batches of one step differ in model or loss_fn: define both outside of the loop")
-    parts = [data for each in batches for data, _ in each._chunks(None)]
-    how = {"autocast": first.autocast, "replay": first.replay, "hold": first.hold}
-    return Batch.from_micro_batches(first.model, first.loss_fn, parts, **how)
 
 
 def _refuse(accelerator: Accelerator) -> None:

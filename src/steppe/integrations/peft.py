@@ -61,9 +61,10 @@ def flat_lora(model: nn.Module, opt: SharpnessAware, sigma: float = 0.05) -> Ite
 
 def _weight(name: str, layer: Any) -> Tensor:
     """Return the frozen weight under an adapter."""
+    base = layer.get_base_layer()
     if not isinstance(layer, (Linear, Conv1d, Conv2d, Conv3d)):
         raise ValueError(f"{name} is of type {type(layer).__name__}: only linear and convolutional layers take noise")
-    weight: Tensor = layer.get_base_layer().weight.detach()  # shares memory
+    weight: Tensor = base.weight.detach()  # shares memory
     if not weight.is_floating_point() or hasattr(weight, "to_local"):
         raise ValueError(f"{name} is quantised or sharded: noise needs the whole weight in floating point")
     return weight
