@@ -28,6 +28,7 @@ MAY = {
     "point": {"vec"},
     "checkpoint": {"point"},
     "batch": {"vec", "caches", "norms", "rng", "examples", "ranks", "rounding"},
+    "products": {"batch", "rng", "vec"},
     "closure": {"vec", "caches", "ranks", "rng"},
     "method": {"point", "checks"},
     "stats": {"method"},
@@ -35,7 +36,7 @@ MAY = {
     "parts": {"point", "vec", "checks", "parts"},
     "recipes": {"method", "parts", "point", "checks", "recipes"},
     "text": {"recipes", "method"},
-    "passes": {"wrapper", "groups", "rounding", "split", "vec", "batch", "closure", "method", "point", "stats"},
+    "passes": {"wrapper", "groups", "products", "rounding", "split", "vec", "batch", "closure", "method", "point", "stats"},
     "step": {"passes", "wrapper", "update", "checkpoint", "split", "checks", "rounding"}
     | {"batch", "closure", "method", "point", "stats", "vec"},
 }

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import caches, norms, rng, vec
+from . import caches, norms, rng
 from .examples import extent, take, to_float32
 from .ranks import Ranks
 from .rounding import widened
@@ -101,7 +100,7 @@ class Batch:
             raise ValueError(
                 "the micro-batches of one step differ in model or loss_fn: define both outside of the loop"
             )
-        parts = [part for each in batches for part in each._chunks(None)]
+        parts = [part for each in batches for part in each.chunks()]
         whole = cls(
             first.model, first.loss_fn, parts[0][0], autocast=first.autocast, replay=first.replay, hold=first.hold
         )
@@ -137,12 +136,12 @@ class Batch:
         size, losses = self.size if rows is None else len(rows), []
         inputs = params if self.ranks.sharded is None else None
         reduce = reduce and inputs is None
-        with torch.enable_grad(), self._pass(again, rows) as begin:
-            parts = list(self._chunks(rows))
+        with torch.enable_grad(), self.running(again, rows) as begin:
+            parts = list(self.chunks(rows))
             for i, (data, count) in enumerate(parts):
                 begin(i)
                 with self.ranks.reducing(reduce and i == len(parts) - 1):
-                    each = self._losses(data, count)
+                    each = self.losses_of(data, count)
                     loss = each.mean() if count == size else each.sum() / size
                     loss = loss if weight == 1 else loss * weight
                     loss = loss if scaler is None else scaler.scale(loss)
@@ -152,52 +151,12 @@ class Batch:
 
     def losses(self, *, again: bool = True) -> Tensor:
         """Return the losses of all examples without a gradient, shape (B,)."""
-        with torch.no_grad(), self._pass(again) as begin, self.ranks.reducing(False):
+        with torch.no_grad(), self.running(again) as begin, self.ranks.reducing(False):
             found = []
-            for i, (data, count) in enumerate(self._chunks(None)):
+            for i, (data, count) in enumerate(self.chunks()):
                 begin(i)
-                found.append(self._losses(data, count))
+                found.append(self.losses_of(data, count))
             return torch.cat(found)
-
-    def product(self, params: Vec, direction: Vec, scaler: torch.amp.GradScaler | None = None) -> Vec:
-        """Return the Hessian of the scaled loss times ``direction``: double backward, the math attention kernel."""
-        if self.ranks.sharded is not None:
-            raise ValueError("a sharded model has no Hessian-vector product: leave the second-order term out")
-        total = [torch.zeros_like(p) for p in params]
-        with ExitStack() as stack:
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled graphs have no double backward
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            stack.enter_context(self._pass(True))
-            stack.enter_context(self.ranks.reducing(False))
-            for data, count in self._chunks(None):
-                loss = self._losses(data, count).sum() / self.size
-                loss = loss if scaler is None else scaler.scale(loss)
-                slopes = torch.autograd.grad(loss, params, create_graph=True, materialize_grads=True)
-                along = torch.stack([(g * v).sum() for g, v in zip(slopes, direction, strict=True)]).sum()
-                if along.requires_grad:
-                    vec.add_(total, torch.autograd.grad(along, params, materialize_grads=True))
-        return total
-
-    def squares(self, params: Vec, count: int) -> Vec:
-        """Return ``Σᵢ (∇ℓᵢ)²`` over the first ``count`` examples, each run alone and in eval mode."""
-        if self.ranks.sharded is not None:
-            raise ValueError("a sharded model gives no gradients of single examples: use ssam_dynamic()")
-        total = [torch.zeros_like(p) for p in params]
-        whole = torch.arange(min(count, self.size), device=self.device)
-        with ExitStack() as stack:
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(torch.compiler.set_stance("force_eager"))  # one graph more, for single examples
-            stack.enter_context(rng.kept(self._devices()))
-            stack.enter_context(self._pass(True))
-            stack.enter_context(_evaluating(self.model))
-            stack.enter_context(self.ranks.reducing(False))
-            for row in whole:
-                for data, _ in self._chunks(row.reshape(1)):
-                    slopes = torch.autograd.grad(self._losses(data, 1).sum(), params, materialize_grads=True)
-                    vec.mul_(slopes, slopes)
-                    vec.add_(total, slopes)
-        return total
 
     def groups(self, m: int) -> list[Batch]:
         """Return groups of ``m`` consecutive examples, the last one maybe smaller; only the first moves statistics."""
@@ -231,7 +190,8 @@ class Batch:
         finally:
             self._wide = False
 
-    def _losses(self, data: Any, count: int) -> Tensor:
+    def losses_of(self, data: Any, count: int) -> Tensor:
+        """Return the losses of one micro-batch of so many examples, with their graph, shape (count,)."""
         with ExitStack() as stack:
             if self._wide:
                 data = to_float32(data)
@@ -254,7 +214,7 @@ class Batch:
             )
         return losses
 
-    def _chunks(self, rows: Tensor | None) -> Iterator[tuple[Any, int]]:
+    def chunks(self, rows: Tensor | None = None) -> Iterator[tuple[Any, int]]:
         """Give the micro-batches of a pass with their sizes."""
         for data, size in self._parts if rows is None else self._cut(rows):
             step = -(-size // self._micro)
@@ -278,32 +238,21 @@ class Batch:
             first += size
 
     @contextmanager
-    def _pass(self, again: bool, rows: Tensor | None = None) -> Iterator[Callable[[int], None]]:
+    def running(self, again: bool, rows: Tensor | None = None) -> Iterator[Callable[[int], None]]:
         """Run a pass; ``again`` holds the statistics and replays the first pass's random numbers, if there was one."""
         with ExitStack() as stack:
             begin: Callable[[int], None] = lambda _: None  # noqa: E731
             if again or self._still:
                 stack.enter_context(norms.held(self.model, self.hold))
             elif len(self._parts) > 1 or self._micro > 1:
-                begin = stack.enter_context(norms.pooled(self.model, [n for _, n in self._chunks(rows)], self.hold))
+                begin = stack.enter_context(norms.pooled(self.model, [n for _, n in self.chunks(rows)], self.hold))
             if not again:
-                self._before = rng.states(self._devices())
+                self._before = rng.states(self.devices())
             elif self._before is not None and self.replay:
                 stack.enter_context(rng.replay(self._before))
             stack.enter_context(caches.forgotten())
             yield begin
 
-    def _devices(self) -> set[torch.device]:
+    def devices(self) -> set[torch.device]:
+        """Return the devices of the data and of the parameters."""
         return {self.device, *(p.device for p in self.model.parameters())}
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the whole model into eval mode for a while."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

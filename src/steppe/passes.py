@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import groups, rounding, split, vec
+from . import groups, products, rounding, split, vec
 from .batch import Batch
 from .closure import Closure
 from .method import Method
@@ -147,7 +147,7 @@ class Passes(Wrapper):
         second = None if g1 is None else [torch.zeros_like(p) if b is None else b for p, _, b in used]
         if combine.needs_product and second is not None:
             assert isinstance(source, Batch)
-            at.product = source.product(at.w, combine.probe(at, second), self._active())
+            at.product = products.hessian_product(source, at.w, combine.probe(at, second), self._active())
             if not own:
                 source.ranks.mean_(at.product)
             self.stats.count(source.size, backward=3)
@@ -161,7 +161,7 @@ class Passes(Wrapper):
         ranks = source.ranks
         here = min(max(wanted - ranks.rank * source.size, 0), source.size)
         self.stats.count(here)
-        squares = source.squares(params, here)
+        squares = products.squared_gradients(source, params, here)
         ranks.mean_(squares)
         if ranks.world > 1:
             vec.scale_(squares, ranks.world)

@@ -8,6 +8,7 @@ import itertools
 import traceback
 from functools import partial
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -195,16 +196,17 @@ def held(texts):
         model, alive = Deep(), []
         for layer in [*model, model]:
             fully_shard(layer)
+        opt = wrap(model, text)
 
-        def loss_fn(model, batch, alive=alive, passes=round(steppe.parse(text).cost())):
+        def loss_fn(model, batch, alive=alive, opt=opt):
             alive.append(0)
-            if len(alive) == passes:
+            if len(alive) == opt.method.cost():
                 gc.collect()
                 plain = [t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter)]
                 alive[-1] = sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in plain}.values())
             return nets.losses(model, batch)
 
-        wrap(model, text, total_steps=TOTAL).step(steppe.Batch(model, loss_fn, data))
+        opt.step(steppe.Batch(model, loss_fn, data))
         found[text] = alive[-1]
     return sum(p.to_local().nbytes for p in model.parameters()), found
 
@@ -256,12 +258,8 @@ def fails(text, fail_in):
         return losses
 
     opt = wrap(model, text, total_steps=TOTAL)
-    try:
+    with pytest.raises(RuntimeError, match="as asked"):
         opt.step(steppe.Batch(model, loss_fn, data))
-    except RuntimeError as error:
-        assert "as asked" in str(error), error
-    else:
-        raise AssertionError(f"{len(calls)} passes, none failed")
     after = model(data[0]).detach()
     changed = max(apart(before, weights(model)), apart([outputs], [after]))
     plain = attention()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
-import torch
-
 import fsdp_work as work
+import pytest
 from launch import launch
+
 from recipes_list import weights
 
 RECIPES = [
@@ -156,14 +155,3 @@ def test_one_message_for_all_tensors_that_are_cut_alike(both):
 def test_arithmetic_on_shards_is_that_on_whole_tensors():
     for found in launch(4, work.vectors, seconds=120):
         assert {name: apart for name, apart in found.items() if not apart < 1e-13} == {}
-
-
-def test_arithmetic_knows_no_ranks_where_there_are_none(monkeypatch):
-    import sys
-
-    from steppe import vec
-
-    monkeypatch.delitem(sys.modules, "torch.distributed.tensor", raising=False)
-    u = [torch.tensor([3.0, 4.0])]
-    assert vec.norm(u) == 5
-    assert vec.local(u)[0] is u[0]
