@@ -37,10 +37,8 @@ class Passes(Wrapper):
         perturb, combine, select = method.perturb, method.combine, method.select
         for p in self.params():
             p.grad = None
-        perturbed, weight = True, 1.0
-        if rho and self.split and ranks.world > 1:
-            perturbed, weight = split.share(method, ranks.rank, ranks.world)
-        apart = weight != 1.0 or not perturbed
+        apart = bool(rho) and self.split and ranks.world > 1
+        perturbed, weight = split.share(method, ranks.rank, ranks.world) if apart else (True, 1.0)
         picked = self._picked(at, params, source) if rho and perturbed else None
         if not rho or not perturbed or picked == []:
             loss = self._run(source, None, weight=weight).mean()

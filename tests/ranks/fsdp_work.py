@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.func import functional_call
 
 import nets
@@ -359,12 +360,38 @@ def vectors():
                 if isinstance(t, DTensor):
                     assert t.placements == like.placements
                     assert t.to_local().shape == like.to_local().shape
+        partial_sums = [DTensor.from_local(t / 4, line, [Partial()]) for t in u]
+        found["norm of partial sums"] = apart([vec.norm(u)], [vec.norm(partial_sums)])
+        found["dot with partial sums"] = apart(
+            [vec.dot(u, u)], [vec.dot(su[:6], partial_sums[:6]) + vec.dot(u[6:], u[6:])]
+        )
         moved = [t.redistribute(placements=[Replicate()] * t.device_mesh.ndim) for t in sv[:-1]] + sv[-1:]
         sa, a = vec.clone(su), vec.clone(u)
         vec.add_(sa, moved)
         vec.add_(a, v)
         found["add_ of other placements"] = apart(a, whole(sa))
     return found
+
+
+def cut_twice():
+    """Noise, masks and filters of weights that tensor parallelism and FSDP both cut, along one dimension or two."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 7), nn.ReLU(), nn.Linear(7, 3)).double()
+    plain = weights(model)
+    parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    sharded = list(fully_shard(model, mesh=mesh["data"]).parameters())
+    with torch.no_grad():
+        noise = [[vec.randn(t, torch.Generator().manual_seed(4)) for t in u] for u in (plain, sharded)]
+        filters = [vec.clone(plain), vec.clone(sharded)]
+        for u in filters:
+            vec.mul_(u, vec.filter_norms(u))
+        return {
+            "norm": apart([vec.norm(plain)], [vec.norm(sharded)]),
+            "randn": apart(noise[0], whole(noise[1])),
+            "filter_norms": apart(filters[0], whole(filters[1])),
+            "split": apart(plain, whole(vec.split(vec.join(plain), sharded))),
+        }
 
 
 def messages():
