@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,24 +17,45 @@ import steppe
 ROOT = Path(__file__).parents[1]
 PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.exists()]
 METHODS = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
-BLOCK = re.compile(r"^(?P<off><!-- not run -->\s*)?```python\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
+LOOPS = ROOT / "docs" / "training-loops.md"
+BLOCK = re.compile(r"^(<!-- (?P<how>[\w ]+) -->\s*)?```python\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
 
 
-def snippets():
-    """Every Python block that is not marked ``<!-- not run -->``, padded so that its line numbers are the page's."""
+def snippets(several_ranks=False):
+    """Every Python block of one process or of two, padded so that its line numbers are the page's.
+
+    One marked ``<!-- before the others -->`` stands before each that follows on its page; ``<!-- two ranks -->`` is for
+    two ranks, and ``<!-- not run -->`` for nobody.
+    """
     for page in PAGES:
-        text = page.read_text(encoding="utf-8")
+        text, before = page.read_text(encoding="utf-8"), ""
         for block in BLOCK.finditer(text):
-            if not block["off"]:
-                line = text.count("\n", 0, block.start("code"))
-                yield pytest.param(page, "\n" * line + block["code"], id=f"{page.name}:{line + 1}")
+            line = text.count("\n", 0, block.start("code"))
+            code = before + "\n" * (line - before.count("\n")) + block["code"]
+            if block["how"] == "before the others":
+                before = code
+            if block["how"] != "not run" and (block["how"] == "two ranks") == several_ranks:
+                yield pytest.param(page, code, id=f"{page.name}:{line + 1}")
 
 
 @pytest.mark.parametrize(("page", "code"), list(snippets()))
 def test_snippets_run(page, code, tmp_path, monkeypatch):
+    """What they compile runs in eager: ``test_compile`` has the rest."""
     monkeypatch.chdir(tmp_path)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
+        torch.manual_seed(0)
         exec(compile(code, page, "exec", dont_inherit=True), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize(("page", "code"), list(snippets(several_ranks=True)))
+def test_snippets_run_on_two_ranks(page, code, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import torch\ntorch.manual_seed(0)\n" + code, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    ended = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_the_example_of_a_new_method_is_run():
@@ -78,3 +102,18 @@ def test_what_is_refused(text, message):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         steppe.parse(text)
     assert str(error.value).splitlines()[0] == message
+
+
+def test_every_trap_has_its_test():
+    """The tests that the page names are there, and all traps that have one are named."""
+    tests = {
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    traps = LOOPS.read_text(encoding="utf-8").split("## The traps\n", 1)[1]
+    named = [re.findall(r"`(test_\w+)`", row[2]) for row in rows(traps)]
+    assert [int(row[0].split(".")[0]) for row in rows(traps)] == list(range(1, len(named) + 1))
+    assert all(named)
+    assert {name for each in named for name in each} <= tests
+    assert {name for name in tests if name.startswith("test_trap_")} <= {name for each in named for name in each}

@@ -36,7 +36,19 @@ MAY = {
     "parts": {"point", "vec", "checks", "parts"},
     "recipes": {"method", "parts", "point", "checks", "recipes"},
     "text": {"recipes", "method"},
-    "passes": {"wrapper", "groups", "products", "rounding", "split", "vec", "batch", "closure", "method", "point", "stats"},
+    "passes": {
+        "wrapper",
+        "groups",
+        "products",
+        "rounding",
+        "split",
+        "vec",
+        "batch",
+        "closure",
+        "method",
+        "point",
+        "stats",
+    },
     "step": {"passes", "wrapper", "update", "checkpoint", "split", "checks", "rounding"}
     | {"batch", "closure", "method", "point", "stats", "vec"},
 }

@@ -38,9 +38,12 @@ class Passes(Wrapper):
         for p in self.params():
             p.grad = None
         apart = bool(rho) and self.split and ranks.world > 1
+        if apart:
+            ranks.check_by_hand()
         perturbed, weight = split.share(method, ranks.rank, ranks.world) if apart else (True, 1.0)
         picked = self._picked(at, params, source) if rho and perturbed else None
         if not rho or not perturbed or picked == []:
+            at.rho = rho if apart and rho else 0.0
             loss = self._run(source, None, weight=weight).mean()
             if rho is None:
                 self._combine(at, params, [p.grad for p in params], None, source, local)

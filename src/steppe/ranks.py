@@ -50,6 +50,11 @@ class Ranks:
     def reducing(self, on: bool) -> Iterator[None]:
         """Let the passes inside reduce the gradients over the ranks as they go, or not at all."""
         if self.ddp is not None and not on:
+            if self.ddp.static_graph and torch.is_grad_enabled():
+                raise ValueError(
+                    "DistributedDataParallel(static_graph=True) learns the graph from a pass that it reduces, and this "
+                    "method, its ascent or its micro-batches leave passes unreduced: build it without static_graph"
+                )
             with self.ddp.no_sync():
                 yield
         elif self.sharded is not None:
@@ -61,10 +66,23 @@ class Ranks:
         else:
             yield
 
+    def check_by_hand(self) -> None:
+        """Refuse what ranks without batches cannot follow: under ``join()`` they know of DDP's own reductions only.
+
+        Raises:
+            ValueError: under ``join()``.
+        """
+        if self.ddp is not None and self.ddp._join_config.enable:
+            raise ValueError(
+                "under join() the ranks without batches follow DDP's own reductions only, and this method or ascent "
+                "needs others: give all ranks as many batches, or use a method without mask and selection, as sam()"
+            )
+
     def mean_(self, tensors: Sequence[Tensor]) -> None:
         """Overwrite the tensors by their mean over the ranks: one reduction for each type and device."""
         if self.world == 1:
             return
+        self.check_by_hand()
         kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         for t in tensors:
             kinds.setdefault((t.dtype, t.device), []).append(t)
@@ -80,6 +98,7 @@ class Ranks:
         if self.world == 1:
             return
         if self.ddp is not None and self.ddp.find_unused_parameters:
+            self.check_by_hand()
             used = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
             dist.all_reduce(used, group=self._group)
             for p, share in zip(params, used.tolist(), strict=True):
@@ -96,6 +115,7 @@ class Ranks:
         """
         if self.world == 1:
             return select(rise), 1.0
+        self.check_by_hand()
         everyone = self._gather(rise)
         rows = select(torch.cat(everyone))
         first = sum(len(each) for each in everyone[: self.rank])

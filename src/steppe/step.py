@@ -125,7 +125,7 @@ class SharpnessAware(Passes):
         source = self._source(closure, second)
         method, ranks, params = self.method, source.ranks, self.trainable()
         rho = method.when(self._point([], 0))
-        local = ranks.world > 1 and (self.ascent == "local" or method.m is not None)
+        local = ranks.ddp is not None and (self.ascent == "local" or method.m is not None)
         late = local and bool(rho) and (method.m is not None or method.combine.needs_g0)
         parts = source.groups(method.m) if rho and method.m and isinstance(source, Batch) else [source]
         sums: dict[Tensor, Tensor] = {}
@@ -162,12 +162,13 @@ class SharpnessAware(Passes):
         if self._active() is not None:
             return
         if source.ranks.is_alone:
-            judged, where = sum(means, torch.zeros((), device=means[0].device)), ""
+            judged, where = sum(means, torch.zeros((), device=means[0].device)), "the loss is"
         else:
-            judged, where = vec.norm([p.grad for p in self.trainable() if p.grad is not None]), " on one of the ranks"
+            judged = vec.norm([p.grad for p in self.trainable() if p.grad is not None])
+            where = "a loss or gradient of one of the ranks is not finite; here the loss is"
         if not math.isfinite(float(judged)):
             raise ValueError(
-                f"the loss{where} is {', then '.join(f'{float(m):g}' for m in means)} at step {self.stats.steps} with "
+                f"{where} {', then '.join(f'{float(m):g}' for m in means)} at step {self.stats.steps} with "
                 f"{self.method!r}: the weights are as before this step; a smaller learning rate or rho may help"
             )
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from lightning_runs import EPOCHS, K, Net, assert_same, data, fit, fp16, loader, losses, network, plain, sgd, trainer
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 import steppe
+from lightning_runs import EPOCHS, K, Net, assert_same, data, fit, fp16, loader, losses, network, plain, sgd, trainer
 from ranks.launch import launch
 from steppe.integrations.lightning import SharpnessAwareCallback
 

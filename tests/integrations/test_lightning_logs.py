@@ -10,12 +10,12 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from lightning_runs import BATCH, CLASSES, K, Net, fit, loader, losses, network, sgd
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 
 import steppe
+from lightning_runs import BATCH, CLASSES, K, Net, fit, loader, losses, network, sgd
 from steppe.integrations.lightning import SharpnessAwareCallback
 
 MILESTONE = 3

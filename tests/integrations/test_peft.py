@@ -11,7 +11,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from tiny_language import Sharp, far, llama, train, weights
 from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
@@ -19,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 import nets
 import steppe
 from steppe.integrations.peft import flat_lora
+from tiny_language import Sharp, far, llama, train, weights
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "flat_lora.py"
 SIGMA, LR = 0.1, 0.5

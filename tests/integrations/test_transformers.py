@@ -10,6 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn import functional as F
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, get_scheduler
+
+import steppe
+from ranks.launch import launch
+from steppe.integrations.transformers import SharpnessAwareTrainer
 from tiny_language import (
     ACCUMULATE,
     CLIP,
@@ -27,12 +33,6 @@ from tiny_language import (
     trainer_of,
     weights,
 )
-from torch.nn import functional as F
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, get_scheduler
-
-import steppe
-from ranks.launch import launch
-from steppe.integrations.transformers import SharpnessAwareTrainer
 
 SGD = {"optim": "sgd", "learning_rate": 0.5}
 """AdamW, the default, would blow the rounding of small gradients up."""

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ddp_work import alone, assert_close, part, stream, together, wrap
-from launch import launch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import nets
 import steppe
+from ddp_work import alone, assert_close, part, stream, together, wrap
+from launch import launch
 from recipes_list import EVERY, same, weights
 
 WHOLE = [text for text in EVERY if "m_sharpness" not in text]

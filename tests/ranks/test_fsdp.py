@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import fsdp_work as work
 import pytest
-from launch import launch
 
+import fsdp_work as work
+from launch import launch
 from recipes_list import weights
 
 RECIPES = [

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from launch import launch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import nets
 import steppe
+from launch import launch
 from recipes_list import BASES, same, weights
 
 STEPS, EACH = 20, 4

@@ -1,4 +1,7 @@
-"""The 0/1 masks of sparse SAM: by Fisher information, or grown and dropped as the training goes."""
+"""The 0/1 masks of sparse SAM: by Fisher information, or grown and dropped as the training goes.
+
+Entries are ranked over whole parameters: those of sharded ones are gathered on every rank while a mask changes.
+"""
 
 from __future__ import annotations
 

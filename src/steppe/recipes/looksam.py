@@ -28,7 +28,7 @@ def looksam(rho: float | Method = 0.05, alpha: float = 0.7, k: int = 5) -> Metho
         1 + 1/k propagations; 1.2 at the defaults. One copy of the weights is kept between steps.
 
     Source:
-        Liu et al. 2022 (LookSAM), algorithm 1.
+        Liu et al. 2022, "Towards efficient and scalable sharpness-aware minimization" (LookSAM).
     """
     method = with_combine("looksam", ascent(rho), Look(alpha))
     return replace(method, when=Every(method.when, k))

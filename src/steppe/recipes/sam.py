@@ -46,7 +46,7 @@ def sam(rho: float = 0.05, p: float = 2.0, steps: int = 1, second_order: bool = 
         1 + K propagations; the second-order term adds a Hessian-vector product (7/3).
 
     Source:
-        Foret et al. 2021, eq. 2 and appendices C.3 and C.5.
+        Foret et al. 2021, eq. 2, and its appendix for inner steps and the second-order term.
     """
     checks.flag(second_order=second_order)
     if second_order and (p != 2 or steps != 1):
@@ -73,7 +73,7 @@ def asam(rho: float = 0.5, eta: float = 0.01, by_name: bool = False) -> Method:
         2 propagations.
 
     Source:
-        Kwon et al. 2021, eq. 6 and algorithm 1.
+        Kwon et al. 2021, "ASAM: adaptive sharpness-aware minimization".
     """
     return Method(Always(rho), Adaptive(eta, by_name), Second())
 

@@ -32,7 +32,7 @@ def ssam(rho: float | Method = 0.05, s: float = 0.5, n: int = 128, refresh: int 
         2 propagations, and min(n, B)/B more on every ``refresh``-th step.
 
     Source:
-        Mi et al. 2022 (SSAM), algorithm 1.
+        Mi et al. 2022, "Make sharpness-aware minimization stronger: a sparsified perturbation approach" (SSAM-F).
     """
     method = ascent(rho)
     return replace(method, perturb=FisherSparse(method.perturb, s, n, refresh), text="")
@@ -59,7 +59,7 @@ def ssam_dynamic(rho: float | Method = 0.05, s: float = 0.5, drop: float = 0.5, 
         2 propagations.
 
     Source:
-        Mi et al. 2022 (SSAM), algorithm 2.
+        Mi et al. 2022, "Make sharpness-aware minimization stronger: a sparsified perturbation approach" (SSAM-D).
     """
     method = ascent(rho)
     return replace(method, perturb=DynamicSparse(method.perturb, s, drop, refresh), text="")
