@@ -13,9 +13,11 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: setup  ## step cost beside the peers; needs a quiet machine
+bench: setup  ## cost of a step beside the peers, on ranks, and in memory; needs a quiet machine
 	$(BIN)/pip install -q -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/step_cost.py
+	$(BIN)/python benchmarks/ranks.py
+	$(BIN)/python benchmarks/memory.py
 
 setup: $(VENV)/.ready
 

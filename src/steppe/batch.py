@@ -134,10 +134,11 @@ class Batch:
         if params is not None and not params:
             return self.losses(again=again)
         size, losses = self.size if rows is None else len(rows), []
-        inputs = params if self.ranks.sharded is None else None
+        inputs = None if self.ranks.sharded else params
         reduce = reduce and inputs is None
-        with torch.enable_grad(), self.running(again, rows) as begin:
+        with torch.enable_grad(), self.running(again, rows) as begin, self.ranks.frozen_but(params):
             parts = list(self.chunks(rows))
+            self._keep_up(len(parts))
             for i, (data, count) in enumerate(parts):
                 begin(i)
                 with self.ranks.reducing(reduce and i == len(parts) - 1):
@@ -152,8 +153,9 @@ class Batch:
     def losses(self, *, again: bool = True) -> Tensor:
         """Return the losses of all examples without a gradient, shape (B,)."""
         with torch.no_grad(), self.running(again) as begin, self.ranks.reducing(False):
-            found = []
-            for i, (data, count) in enumerate(self.chunks()):
+            found, parts = [], list(self.chunks())
+            self._keep_up(len(parts))
+            for i, (data, count) in enumerate(parts):
                 begin(i)
                 found.append(self.losses_of(data, count))
             return torch.cat(found)
@@ -181,7 +183,7 @@ class Batch:
     @contextmanager
     def widened(self) -> Iterator[None]:
         """Hold the model's bf16 and fp16 tensors in float32, and run the passes in float32 without autocast."""
-        if self.ranks.ddp is not None or self.ranks.sharded is not None:
+        if self.ranks.ddp is not None or self.ranks.sharded:
             raise ValueError('rounding="float32" changes the type of the weights, which DDP and FSDP hold on to')
         self._wide = True
         try:
@@ -213,6 +215,18 @@ class Batch:
                 "as reduction='none' does, or their mean"
             )
         return losses
+
+    def _keep_up(self, count: int) -> None:
+        """Run the micro-batches that other ranks of a sharded model have more, with weight 0."""
+        for _ in range(self.ranks.most(count, self.device) - count):
+            with norms.held(self.model, self.hold), self.ranks.reducing(False):
+                loss = 0 * self.losses_of(*self.row(0)).sum()
+                if torch.is_grad_enabled():
+                    loss.backward()  # type: ignore[no-untyped-call]
+
+    def row(self, i: int) -> tuple[Any, int]:
+        """Return a micro-batch of the one example."""
+        return next(self._cut(torch.tensor([i], device=self.device)))
 
     def chunks(self, rows: Tensor | None = None) -> Iterator[tuple[Any, int]]:
         """Give the micro-batches of a pass with their sizes."""
@@ -251,6 +265,7 @@ class Batch:
             elif self._before is not None and self.replay:
                 stack.enter_context(rng.replay(self._before))
             stack.enter_context(caches.forgotten())
+            self.ranks.reshard()
             yield begin
 
     def devices(self) -> set[torch.device]:

@@ -73,6 +73,7 @@ class Passes(Wrapper):
             slopes = [None] * len(params)
         home = vec.clone(moved)
         with ExitStack() as stack:
+            stack.callback(ranks.reshard)
             stack.callback(vec.copy_, moved, home)
             low = rounding.is_low(moved)
             if low and self.rounding == "float32":
@@ -96,6 +97,8 @@ class Passes(Wrapper):
             whole = reduce and not (local and combine.needs_g0)
             after = self._run(second or source, None, rows=rows, again=again, reduce=whole, weight=weight)
             taken = _take(params)
+        at.w = []
+        del home
         gradients = [None if g is None else g.to(p.dtype) for p, g in zip(params, taken, strict=True)]
         if apart:
             for p, g in zip(params, gradients, strict=True):
@@ -163,8 +166,8 @@ class Passes(Wrapper):
         here = min(max(wanted - ranks.rank * source.size, 0), source.size)
         self.stats.count(here)
         squares = products.squared_gradients(source, params, here)
-        ranks.mean_(squares)
-        if ranks.world > 1:
+        if ranks.ddp is not None:
+            ranks.mean_(squares)
             vec.scale_(squares, ranks.world)
         return squares
 
@@ -181,13 +184,9 @@ class Passes(Wrapper):
         """Run one pass, count it, and return the losses."""
         losses = source.backward(picked, rows=rows, again=again, reduce=reduce, weight=weight, scaler=self._active())
         share = 1.0
-        if picked is not None and source.ranks.sharded is not None:
-            wanted = set(picked)
-            for p in self.params():
-                p.grad = p.grad if p in wanted else None
-        elif picked is not None:
+        if picked is not None:
             share = sum(p.numel() for p in picked) / sum(p.numel() for p in self.trainable())
-            if reduce:
+            if reduce and not source.ranks.sharded:
                 source.ranks.mean_gradients(picked)
         self.stats.count(source.size if rows is None else len(rows), share=share, backward=int(share > 0))
         return losses

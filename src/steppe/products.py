@@ -23,7 +23,7 @@ def hessian_product(batch: Batch, params: Vec, direction: Vec, scaler: torch.amp
     Cost:
         7/3 propagations.
     """
-    if batch.ranks.sharded is not None:
+    if batch.ranks.sharded:
         raise ValueError("a sharded model has no Hessian-vector product: leave the second-order term out")
     total = [torch.zeros_like(p) for p in params]
     with ExitStack() as stack:
@@ -45,27 +45,28 @@ def hessian_product(batch: Batch, params: Vec, direction: Vec, scaler: torch.amp
 def squared_gradients(batch: Batch, params: Vec, count: int) -> Vec:
     """Return ``Σᵢ (∇ℓᵢ)²`` over the first ``count`` examples, each run alone and in eval mode.
 
-    Raises:
-        ValueError: if the model is sharded.
+    The examples are this rank's; of a sharded model, those of all ranks, one after the other.
 
     Cost:
         A propagation of each of the examples.
     """
-    if batch.ranks.sharded is not None:
-        raise ValueError("a sharded model gives no gradients of single examples: use ssam_dynamic()")
     total = [torch.zeros_like(p) for p in params]
+    sharded = bool(batch.ranks.sharded)
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # one graph more, for single examples
         stack.enter_context(rng.kept(batch.devices()))
         stack.enter_context(batch.running(True))
         stack.enter_context(_evaluating(batch.model))
-        stack.enter_context(batch.ranks.reducing(False))
-        for row in torch.arange(min(count, batch.size), device=batch.device):
-            for data, _ in batch.chunks(row.reshape(1)):
-                slopes = torch.autograd.grad(batch.losses_of(data, 1).sum(), params, materialize_grads=True)
-                vec.mul_(slopes, slopes)
-                vec.add_(total, slopes)
+        stack.enter_context(batch.ranks.reducing(sharded))
+        for row, weight in batch.ranks.turns(min(count, batch.size), batch.device):
+            loss = weight * batch.losses_of(*batch.row(row)).sum()
+            loss.backward(inputs=None if sharded else params)  # type: ignore[no-untyped-call]
+            for p, t in zip(params, total, strict=True):
+                if p.grad is not None:
+                    vec.mul_([p.grad], [p.grad])
+                    vec.add_([t], [p.grad])
+                p.grad = None
     return total
 
 

@@ -23,7 +23,7 @@ class Ranks:
 
     def __init__(self, model: nn.Module | None) -> None:
         self.ddp: Any = None
-        self.sharded: Any = None
+        self.sharded: list[Any] = []
         self.world, self.rank, self._group = 1, 0, None
         if model is None or not (dist.is_available() and dist.is_initialized()):
             return
@@ -31,8 +31,8 @@ class Ranks:
         if len(wrapped) > 1:
             raise ValueError(f"{len(wrapped)} DistributedDataParallel networks in one model: wrap the whole once")
         self.ddp = wrapped[0] if wrapped else None
-        self.sharded = next((m for m in model.modules() if hasattr(m, "set_requires_gradient_sync")), None)
-        if self.ddp is not None or self.sharded is not None:
+        self.sharded = [m for m in model.modules() if hasattr(m, "set_requires_gradient_sync")]
+        if self.ddp is not None or self.sharded:
             self._group = self.ddp.process_group if self.ddp is not None else None
             self.world, self.rank = dist.get_world_size(self._group), dist.get_rank(self._group)
 
@@ -57,12 +57,12 @@ class Ranks:
                 )
             with self.ddp.no_sync():
                 yield
-        elif self.sharded is not None:
-            self.sharded.set_requires_gradient_sync(on)
+        elif self.sharded:
+            self._set_sync(on)
             try:
                 yield
             finally:
-                self.sharded.set_requires_gradient_sync(True)
+                self._set_sync(True)
         else:
             yield
 
@@ -77,6 +77,49 @@ class Ranks:
                 "under join() the ranks without batches follow DDP's own reductions only, and this method or ascent "
                 "needs others: give all ranks as many batches, or use a method without mask and selection, as sam()"
             )
+
+    def _set_sync(self, on: bool) -> None:
+        for module in self.sharded:
+            module.set_requires_gradient_sync(on, recurse=False)
+
+    def reshard(self) -> None:
+        """Have a sharded model gather its weights anew: some stay gathered after a pass without backward."""
+        for module in self.sharded:
+            module.reshard()
+
+    @contextmanager
+    def frozen_but(self, params: Sequence[Tensor] | None) -> Iterator[None]:
+        """Freeze the other parameters of a sharded model for a while, whose backward passes take no ``inputs``."""
+        kept = set(params or [])
+        others = [p for m in self.sharded[:1] for p in m.parameters() if p.requires_grad and p not in kept]
+        others = others if params is not None else []
+        for p in others:
+            p.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for p in others:
+                p.requires_grad_(True)
+
+    def most(self, count: int, device: torch.device) -> int:
+        """Return the largest ``count`` of all ranks of a sharded model, which runs on all of them or on none."""
+        if not self.sharded:
+            return count
+        counts = torch.tensor(count, device=device)
+        dist.all_reduce(counts, dist.ReduceOp.MAX, group=self._group)
+        return int(counts)
+
+    def turns(self, count: int, device: torch.device) -> Iterator[tuple[int, int]]:
+        """Give the rows of ``count`` examples one by one, each with its weight.
+
+        The ranks of a sharded model run one example after the other together: its gradient is their mean, so the rank
+        that has the example gives it the weight W, and the others run their first one with weight 0.
+        """
+        if not self.sharded:
+            yield from ((row, 1) for row in range(count))
+            return
+        for rank, rows in enumerate(self._gather(torch.ones(count, device=device))):
+            yield from ((row, self.world) if rank == self.rank else (0, 0) for row in range(len(rows)))
 
     def mean_(self, tensors: Sequence[Tensor]) -> None:
         """Overwrite the tensors by their mean over the ranks: one reduction for each type and device."""

@@ -195,7 +195,7 @@ class SharpnessAware(Passes):
             raise ValueError(f"{self.method!r} {takes}")
         if second is not None and not isinstance(second, Batch):
             raise TypeError(f"the second batch is {type(second).__name__}: give a steppe.Batch(model, loss_fn, batch)")
-        if batch.ranks.sharded is not None and (self.ascent == "local" or self.method.m is not None or self.split):
+        if batch.ranks.sharded and (self.ascent == "local" or self.method.m is not None or self.split):
             raise ValueError(
                 "a sharded model has one ε for all ranks: each holds a shard of the weights, so no rank can go its own "
                 'way (no ascent="local", no m_sharpness, no split)'

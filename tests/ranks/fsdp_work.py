@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
 
 import nets
 import steppe
@@ -371,6 +372,19 @@ def vectors():
         vec.add_(a, v)
         found["add_ of other placements"] = apart(a, whole(sa))
     return found
+
+
+def saved(text):
+    """Floating-point operations of two steps over those of SAM, and propagations a step as counted."""
+    model, data, found = shard(attention()), here(batch_of("attention")), []
+    for each in ("sam()", text):
+        opt = wrap(model, each, total_steps=TOTAL)
+        with FlopCounterMode(display=False) as counter:
+            for _ in range(2):
+                opt.step(steppe.Batch(model, nets.losses, data))
+        found.append(counter.get_total_flops())
+    assert all(p.requires_grad for p in model.parameters())
+    return found[1] / found[0], opt.stats.propagations
 
 
 def cut_twice():

@@ -54,6 +54,7 @@ JOBS = {
     "nan": ("not_a_number", ("sam()",)),
     "bf16": ("in_bf16", ()),
     "messages": ("messages", ()),
+    "saved": ("saved", ("esam_swp(beta=0.1)",)),
     **{f"resumed {text}": ("resumed", (text,)) for text in ["looksam(k=2)", "ssam_dynamic(refresh=2)", "rwp()"]},
 }
 
@@ -123,6 +124,12 @@ def test_memory_held_in_the_second_pass(both):
     for shard, found in both["held"]:
         for text, copies in {"sam()": 1, "rwp(alpha=0)": 1, "gsam()": 2}.items():
             assert found[text] - found["sgd()"] == pytest.approx(copies * shard, rel=0.05), text
+
+
+def test_weight_gradients_that_nobody_reads_are_not_computed(both):
+    for operations, propagations in both["saved"]:
+        assert operations < 0.8
+        assert propagations < 1.75
 
 
 @pytest.mark.parametrize("job", ["fails 1", "fails 2"])
