@@ -270,4 +270,6 @@ class Batch:
 
     def devices(self) -> set[torch.device]:
         """Return the devices of the data and of the parameters."""
+        if not torch.accelerator.is_available():
+            return {self.device}
         return {self.device, *(p.device for p in self.model.parameters())}

@@ -28,12 +28,13 @@ def held(model: nn.Module, hold: Hold | None = None) -> Iterator[None]:
         hold: ``hold(model)`` returns a context manager that holds the layers torch does not know.
     """
     with ExitStack() as stack:
-        for norm in _tracking(model):
-            stack.enter_context(_changed(norm, "track_running_stats", False))
-            if isinstance(norm, _InstanceNorm):  # which moves its statistics whatever that flag says
-                for name in ("running_mean", "running_var"):
-                    stack.enter_context(_changed(norm, name, None))
-        stack.enter_context(_held_others(model, hold))
+        for module in model.modules():
+            if isinstance(module, _NormBase):
+                _hold_average(module, stack)
+            else:
+                _hold_other(module, stack)
+        if hold is not None:
+            stack.enter_context(hold(model))
         yield
 
 
@@ -114,16 +115,30 @@ def _put_back(norms: Sequence[_NormBase], statistics: Sequence[list[Tensor]]) ->
         norm.num_batches_tracked.copy_(count)  # type: ignore[union-attr]
 
 
+def _hold_average(norm: _NormBase, stack: ExitStack) -> None:
+    """Hold running averages; torch's instance norms move theirs whatever their flag says, so they lose them."""
+    if norm.training and norm.track_running_stats and norm.running_mean is not None:
+        stack.enter_context(_changed(norm, "track_running_stats", False))
+        if isinstance(norm, _InstanceNorm):
+            stack.enter_context(_changed(norm, "running_mean", None))
+            stack.enter_context(_changed(norm, "running_var", None))
+
+
+def _hold_other(module: nn.Module, stack: ExitStack) -> None:
+    """Hold the power iteration of a spectral norm."""
+    if isinstance(module, _SpectralNorm):
+        stack.enter_context(_changed(module, "training", False))
+    for hook in module._forward_pre_hooks.values() if module._forward_pre_hooks else ():
+        if isinstance(hook, SpectralNorm):
+            stack.enter_context(_changed(hook, "n_power_iterations", 0))
+
+
 @contextmanager
 def _held_others(model: nn.Module, hold: Hold | None) -> Iterator[None]:
     """Hold what keeps statistics that cannot be averaged: spectral norms, and what only the user knows."""
     with ExitStack() as stack:
         for module in model.modules():
-            if isinstance(module, _SpectralNorm):
-                stack.enter_context(_changed(module, "training", False))
-            for hook in module._forward_pre_hooks.values():
-                if isinstance(hook, SpectralNorm):
-                    stack.enter_context(_changed(hook, "n_power_iterations", 0))
+            _hold_other(module, stack)
         if hold is not None:
             stack.enter_context(hold(model))
         yield

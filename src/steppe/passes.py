@@ -99,7 +99,9 @@ class Passes(Wrapper):
             taken = _take(params)
         at.w = []
         del home
-        gradients = [None if g is None else g.to(p.dtype) for p, g in zip(params, taken, strict=True)]
+        gradients = [
+            g if g is None or g.dtype == p.dtype else g.to(p.dtype) for p, g in zip(params, taken, strict=True)
+        ]
         if apart:
             for p, g in zip(params, gradients, strict=True):
                 p.grad = g

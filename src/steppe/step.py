@@ -129,7 +129,8 @@ class SharpnessAware(Passes):
         late = local and bool(rho) and (method.m is not None or method.combine.needs_g0)
         parts = source.groups(method.m) if rho and method.m and isinstance(source, Batch) else [source]
         sums: dict[Tensor, Tensor] = {}
-        loss, seen = torch.zeros(()), list[Tensor]()
+        seen: list[Tensor] = []
+        loss: Tensor | float = 0.0
         for number, part in enumerate(parts):
             at = self._point(params, ranks.rank * len(parts) + number if local else number)
             means = self._direction(at, part, second, rho, local=local, reduce=not late)
@@ -138,7 +139,7 @@ class SharpnessAware(Passes):
                 loss = means[0]
                 continue
             weight = part.size / source.size
-            loss = loss.to(means[0]) + weight * means[0]
+            loss = loss + weight * means[0]
             for p in params:
                 if p.grad is not None:
                     sums[p] = sums[p].add_(p.grad, alpha=weight) if p in sums else p.grad.mul_(weight)
@@ -155,6 +156,7 @@ class SharpnessAware(Passes):
         else:
             self.stats.skipped += 1
         self._left = Left(params)
+        assert isinstance(loss, Tensor)
         return loss
 
     def _check_finite(self, means: list[Tensor], source: Source) -> None:
@@ -162,7 +164,7 @@ class SharpnessAware(Passes):
         if self._active() is not None:
             return
         if source.ranks.is_alone:
-            judged, where = sum(means, torch.zeros((), device=means[0].device)), "the loss is"
+            judged, where = sum(means[1:], means[0]), "the loss is"
         else:
             judged = vec.norm([p.grad for p in self.trainable() if p.grad is not None])
             where = "a loss or gradient of one of the ranks is not finite; here the loss is"
