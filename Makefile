@@ -9,7 +9,7 @@ demo: setup  ## compare the methods on the digits
 test: lint  ## everything that CI holds
 	$(BIN)/python -m pytest
 
-lint: setup
+lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
@@ -23,6 +23,10 @@ setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[lab]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.ready  ## tests want the trainers too, which a comparison does not
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[lab,dev]'
 	touch $@
 
