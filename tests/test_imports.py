@@ -49,7 +49,7 @@ MAY = {
         "point",
         "stats",
     },
-    "step": {"passes", "wrapper", "update", "checkpoint", "split", "checks", "rounding"}
+    "step": {"passes", "ranks", "wrapper", "update", "checkpoint", "split", "checks", "rounding"}
     | {"batch", "closure", "method", "point", "stats", "vec"},
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from .rounding import widened
 from .vec import Vec
 
 LossFunction = Callable[[Any, Any], Tensor]
-Hold = Callable[[nn.Module], AbstractContextManager[Any]]
 
 
 class Batch:
@@ -52,7 +51,7 @@ class Batch:
         micro: int = 1,
         autocast: torch.dtype | None = None,
         replay: bool = True,
-        hold: Hold | None = None,
+        hold: norms.Hold | None = None,
     ) -> None:
         self.model, self.loss_fn = model, loss_fn
         self.autocast, self.replay, self.hold = autocast, replay, hold
@@ -65,7 +64,7 @@ class Batch:
         self._parts: list[tuple[Any, int]] = [(data, self.size)]
         self._before: Any = None
         self._still = self._wide = False
-        self.apart = False
+        self.per_example = False
         """Whether the method looks at the losses of single examples."""
         self.ranks = Ranks(model)
 
@@ -121,7 +120,7 @@ class Batch:
 
         Args:
             params: the tensors to differentiate; None for every one that takes part. Weight gradients of the others are
-                not computed, except of a sharded model.
+                not computed.
             rows: examples to take, shape (n,); None for all.
             again: whether this repeats a pass: statistics held, random numbers replayed.
             reduce: whether the gradients are averaged over the ranks; those of a part of the parameters never are.
@@ -202,7 +201,7 @@ class Batch:
                 stack.enter_context(torch.autocast(self.device.type, self.autocast))
             losses = self.loss_fn(self.model, data)
         if isinstance(losses, Tensor) and losses.ndim == 0:
-            if self.apart and count > 1:
+            if self.per_example and count > 1:
                 raise TypeError(
                     "loss_fn returned a mean, but the method looks at the loss of each example: return shape (B,), "
                     "as reduction='none' does"

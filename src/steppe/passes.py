@@ -41,7 +41,7 @@ class Passes(Wrapper):
         if apart:
             ranks.check_by_hand()
         perturbed, weight = split.share(method, ranks.rank, ranks.world) if apart else (True, 1.0)
-        picked = self._picked(at, params, source) if rho and perturbed else None
+        picked = self._picked(at, params) if rho and perturbed else None
         if not rho or not perturbed or picked == []:
             at.rho = rho if apart and rho else 0.0
             loss = self._run(source, None, weight=weight).mean()
@@ -111,13 +111,18 @@ class Passes(Wrapper):
             vec.local([p.grad for p in params if p.grad is not None])[0].add_(doubt)
         return [losses.mean() for losses in (before, after) if losses is not None]
 
-    def _picked(self, at: Point, params: Vec, source: Source) -> Vec | None:
+    def _picked(self, at: Point, params: Vec) -> Vec | None:
         """Return the parameters that pass one differentiates; None for all of them."""
         picks = self.method.perturb.picks(at, len(params))
         radii = groups.radii(self.base.param_groups)
         if 0 in radii.values() and not self.method.combine.needs_g0:
             picks = [pick and radii.get(p) != 0 for p, pick in zip(params, picks or [True] * len(params), strict=True)]
         return None if picks is None else [p for p, pick in zip(params, picks, strict=True) if pick]
+
+    def _masks(self) -> bool:
+        """Whether pass one may differentiate a part of the parameters only."""
+        frozen = 0 in groups.radii(self.base.param_groups).values() and not self.method.combine.needs_g0
+        return frozen or self.method.perturb.share < 1
 
     def _climb(self, at: Point, moved: Vec, radii: dict[Tensor, float], low: bool, inner: int) -> None:
         """Move the weights by ε, each group by its own share of it."""
@@ -132,7 +137,7 @@ class Passes(Wrapper):
             if low:
                 measured.append(rounding.add_(u, v, factor * share, draw))
             else:
-                vec.add_(u, v, factor if share == 1 else factor * share)
+                vec.add_(u, v, factor * share)
         if low:
             self.stats.measure(torch.stack(measured).sum(0).tolist(), inner)
 

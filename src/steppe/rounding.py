@@ -47,7 +47,9 @@ def add_(u: Vec, v: Vec, c: Tensor | float, generator: Callable[[torch.device], 
         elif generator is None:
             a.copy_(a.float() + asked)
         else:
-            a.copy_(_stochastic(a.float() + asked, a.dtype, draws.setdefault(a.device, generator(a.device))))
+            if a.device not in draws:
+                draws[a.device] = generator(a.device)
+            a.copy_(_stochastic(a.float() + asked, a.dtype, draws[a.device]))
         change = a.float() - before.float()
         sums.append(torch.stack([(change * change).sum(), (change * asked).sum(), (asked * asked).sum()]))
     return vec.total(sums, u)

@@ -38,7 +38,7 @@ def share(method: Method, rank: int, world: int) -> tuple[bool, float]:
         world: number of ranks W, at least 2.
 
     Source:
-        Li et al. 2022, "Efficient generalization improvement guided by random weight perturbation", section 4.
+        Li et al. 2022, "Efficient generalization improvement guided by random weight perturbation", algorithm 1.
     """
     assert method.combine.weights is not None
     a, b = method.combine.weights

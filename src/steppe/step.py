@@ -19,6 +19,7 @@ from .closure import BATCH, INTEGRATIONS, Closure, Left
 from .method import Method
 from .passes import Passes, Source
 from .point import Memory, Point
+from .ranks import Ranks
 from .stats import Stats
 from .vec import Vec
 from .wrapper import refuse_complex
@@ -129,18 +130,15 @@ class SharpnessAware(Passes):
         late = local and bool(rho) and (method.m is not None or method.combine.needs_g0)
         parts = source.groups(method.m) if rho and method.m and isinstance(source, Batch) else [source]
         sums: dict[Tensor, Tensor] = {}
+        firsts: list[Tensor] = []
         seen: list[Tensor] = []
-        loss: Tensor | float = 0.0
         for number, part in enumerate(parts):
             at = self._point(params, ranks.rank * len(parts) + number if local else number)
             means = self._direction(at, part, second, rho, local=local, reduce=not late)
-            seen += means
-            if len(parts) == 1:
-                loss = means[0]
-                continue
             weight = part.size / source.size
-            loss = loss + weight * means[0]
-            for p in params:
+            firsts.append(weight * means[0])
+            seen += means
+            for p in params if len(parts) > 1 else []:
                 if p.grad is not None:
                     sums[p] = sums[p].add_(p.grad, alpha=weight) if p in sums else p.grad.mul_(weight)
         for p, direction in sums.items():
@@ -156,8 +154,7 @@ class SharpnessAware(Passes):
         else:
             self.stats.skipped += 1
         self._left = Left(params)
-        assert isinstance(loss, Tensor)
-        return loss
+        return sum(firsts[1:], firsts[0])
 
     def _check_finite(self, means: list[Tensor], source: Source) -> None:
         """Refuse a step that went wrong, on all ranks alike."""
@@ -202,7 +199,7 @@ class SharpnessAware(Passes):
                 "a sharded model has one ε for all ranks: each holds a shard of the weights, so no rank can go its own "
                 'way (no ascent="local", no m_sharpness, no split)'
             )
-        batch.apart = self.method.select is not None and self.method.select.needs_rise
+        batch.per_example = self.method.select is not None and self.method.select.needs_rise
 
     def _check_closure(self, second: Batch | None) -> None:
         if second is not None:
@@ -214,6 +211,10 @@ class SharpnessAware(Passes):
             reason = "a bare closure hides whether its loss is scaled"
         elif self.ascent == "local" or self.split:
             reason = "a bare closure hides the model, whose all-reduce is to be left out of a pass"
+        elif self._masks() and not Ranks(None).is_alone:
+            reason = (
+                "on several ranks the gradients of a masked pass are averaged by hand, which needs the model"
+            )
         elif self.rounding == "float32":
             reason = "a bare closure hides the model, which is to be run in float32"
         elif self._left.is_changed() if self._left else any(p.grad is not None for p in self.trainable()):

@@ -145,3 +145,29 @@ def test_join_is_refused_where_the_step_reduces_by_hand(text, ascent):
     words = launch(2, refusal, uneven, text, ascent, seconds=20)
     assert words[0] == words[1]
     assert "join()" in words[0]
+
+
+def masked_closure(text: str, radius: float | None) -> str:
+    """The words with which a closure is refused whose pass one would leave gradients out that DDP waits for."""
+    model, data = nets.mlp()
+    network = DistributedDataParallel(model)
+    opt = wrap(model, text)
+    if radius is not None:
+        opt.param_groups[0]["rho"] = radius
+
+    def closure() -> Tensor:
+        opt.zero_grad()
+        loss = nets.losses(network, data).mean()
+        loss.backward()
+        return loss
+
+    with pytest.raises(TypeError, match=r".") as caught:
+        opt.step(closure)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "radius"), [("esam_swp()", None), ("sam()", 0.0)])
+def test_a_closure_with_a_masked_pass_is_refused_on_several_ranks(text, radius):
+    for words in launch(2, masked_closure, text, radius):
+        assert "masked pass" in words
+        assert "steppe.Batch" in words
