@@ -17,7 +17,7 @@ COSTS = {
     "sam()": 2,
     "sam(p=inf)": 2,
     "sam(steps=3)": 4,
-    "sam(second_order=True)": 2 + 7 / 3,
+    "sam(second_order=True)": 2 + 3,
     "m_sharpness(sam(), 5)": 2,
     "m_sharpness(esam_sds(), 5)": 4 / 3 + (2 + 2 + 1) / 12,
     "asam()": 2,

@@ -17,8 +17,8 @@ T = TypeVar("T")
 
 FORWARD = 1 / 3
 """Share of a propagation that its forward pass is; its two halves of a backward pass are as much each."""
-PRODUCT = 7 / 3
-"""Propagations of a Hessian-vector product: a gradient with its graph, and a backward pass through both."""
+PRODUCT = 3.0
+"""Propagations of a Hessian-vector product: a gradient with its graph (1), and a backward pass through both (2)."""
 
 
 @dataclass(frozen=True, repr=False)

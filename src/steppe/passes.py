@@ -161,7 +161,7 @@ class Passes(Wrapper):
             at.product = products.hessian_product(source, at.w, combine.probe(at, second), self._active())
             if not own:
                 source.ranks.mean_(at.product)
-            self.stats.count(source.size, backward=3)
+            self.stats.count(source.size, backward=4)
         for p, direction in zip(at.w, combine(at, second), strict=True):
             p.grad = direction
 

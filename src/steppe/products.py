@@ -21,7 +21,7 @@ def hessian_product(batch: Batch, params: Vec, direction: Vec, scaler: torch.amp
         ValueError: if the model is sharded.
 
     Cost:
-        7/3 propagations.
+        3 propagations.
     """
     if batch.ranks.sharded:
         raise ValueError("a sharded model has no Hessian-vector product: leave the second-order term out")

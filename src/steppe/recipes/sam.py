@@ -43,7 +43,7 @@ def sam(rho: float = 0.05, p: float = 2.0, steps: int = 1, second_order: bool = 
         ValueError: if rho < 0, p ≤ 1, steps < 1, or second_order with p ≠ 2 or K ≠ 1.
 
     Cost:
-        1 + K propagations; the second-order term adds a Hessian-vector product (7/3).
+        1 + K propagations; the second-order term adds a Hessian-vector product (3).
 
     Source:
         Foret et al. 2021, eq. 2, and its appendix for inner steps and the second-order term.
