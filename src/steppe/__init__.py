@@ -2,7 +2,7 @@
 
 from importlib.metadata import version as _version
 
-from . import recipes
+from . import curvature, recipes
 from .batch import Batch
 from .groups import norm_layers_only
 from .method import Method
@@ -44,6 +44,7 @@ __all__ = [
     "__version__",
     "asam",
     "cosine",
+    "curvature",
     "esam",
     "esam_sds",
     "esam_swp",

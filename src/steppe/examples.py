@@ -11,7 +11,7 @@ from torch import Tensor
 
 def extent(data: Any) -> tuple[int, torch.device]:
     """Return the number of examples, and their device, from the first tensor that has a dimension."""
-    for leaf in _leaves(data):
+    for leaf in leaves(data):
         if leaf.ndim:
             return len(leaf), leaf.device
     raise TypeError(f"data of type {type(data).__name__} holds no tensor with a batch dimension")
@@ -31,15 +31,21 @@ def to_float32(data: Any) -> Any:
     return _map(data, lambda leaf: leaf.float() if leaf.is_floating_point() and leaf.element_size() < 4 else leaf)
 
 
-def _leaves(data: Any) -> Iterator[Tensor]:
+def to_device(data: Any, device: torch.device) -> Any:
+    """Return the data with every tensor on ``device``."""
+    return data.to(device) if hasattr(data, "to") else _map(data, lambda leaf: leaf.to(device))
+
+
+def leaves(data: Any) -> Iterator[Tensor]:
+    """Give the tensors one after the other."""
     if isinstance(data, Tensor):
         yield data
     elif isinstance(data, Mapping):
         for value in data.values():
-            yield from _leaves(value)
+            yield from leaves(value)
     elif isinstance(data, Sequence) and not isinstance(data, str):
         for value in data:
-            yield from _leaves(value)
+            yield from leaves(value)
 
 
 def _map(data: Any, change: Any) -> Any:

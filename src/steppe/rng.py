@@ -25,7 +25,7 @@ def states(devices: Iterable[torch.device]) -> States:
 def replay(wanted: States) -> Iterator[None]:
     """Draw from ``wanted`` on, then leave the generators as they were found."""
     with kept(wanted):
-        _set(wanted)
+        put_back(wanted)
         yield
 
 
@@ -36,10 +36,11 @@ def kept(devices: Iterable[torch.device]) -> Iterator[None]:
     try:
         yield
     finally:
-        _set(found)
+        put_back(found)
 
 
-def _set(wanted: States) -> None:
+def put_back(wanted: States) -> None:
+    """Let the generators draw from ``wanted`` on."""
     for device, state in wanted.items():
         if device.type == "cpu":
             torch.set_rng_state(state)
