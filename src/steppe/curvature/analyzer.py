@@ -135,8 +135,8 @@ class Analyzer:
         r"""Return the eigenvalues of diagonal blocks of the matrix, and of the ``"whole"``.
 
         Args:
-            module: a regular expression: each module whose whole name it matches makes a block, as ``r"blocks\\.\\d+"``;
-                or a regular expression for each block, to be searched in the names of the parameters.
+            module: a regular expression, as ``r"blocks\.\d+"``: each module whose whole name it matches is a block; or
+                a regular expression for each block, to be searched in the names of the parameters.
             k: how many of each.
             how: as for `eigenvalues`.
 

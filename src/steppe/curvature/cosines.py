@@ -68,13 +68,12 @@ def cosines(
     checks.positive(rho=rho)
     if not 0 < gamma <= 0.5:
         raise ValueError(f"gamma={gamma!r} must lie in (0, 0.5]: B⁺ and B⁻ must not overlap")
-    objective.per_example = True
     found: list[tuple[list[float], float]] = []
     with objective.still():
         before, done, examples = objective.passes, 0, objective.examples
         with objective.moved() as move:
             for i, batch in enumerate(objective.batches()):
-                part = Part(objective, batch)
+                part = Part(objective, batch, per_example=True)
                 if int(gamma * part.size):
                     generator = objective.generator(seed, f"subset {objective.rank} {i}")
                     found.append((_of_batch(part, move, rho, gamma, generator), part.weight))

@@ -74,8 +74,6 @@ class Objective:
         self.loss_fn, self.loader, self.mode, self.weights = loss_fn, loader, mode, weights
         self.max_batches, self.autocast = max_batches, autocast
         self._choose(params)
-        self.per_example = False
-        """Whether a mean in place of the examples' losses is refused."""
         self._states = rng.states({p.device for p in self.model.parameters()})
         self._watch, self._spent, self._depth = Watch(loader), [0.0], [0]
 
@@ -123,7 +121,7 @@ class Objective:
         """
         size, _ = extent(batch)
         run = Batch(self.model, self.loss_fn, batch, autocast=self.autocast)
-        run.per_example = per_example or self.per_example or self.weights is not None
+        run.per_example = per_example or self.weights is not None
         losses = run.losses_of(batch, size)
         if finite and not losses.detach().isfinite().all():
             bad = losses.detach()[~losses.detach().isfinite()][0].item()

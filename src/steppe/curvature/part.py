@@ -24,10 +24,11 @@ class Part:
     Args:
         objective: what is measured.
         batch: the examples.
+        per_example: whether a ``loss_fn`` that returns a mean is refused.
     """
 
-    def __init__(self, objective: Objective, batch: Any) -> None:
-        self.objective, self.batch = objective, batch
+    def __init__(self, objective: Objective, batch: Any, *, per_example: bool = False) -> None:
+        self.objective, self.batch, self.per_example = objective, batch, per_example
         self.size, self.device = extent(batch)
         self.weights, self.weight = torch.zeros(0), 0.0
         """The examples' weights and their sum, known after the first pass."""
@@ -39,7 +40,7 @@ class Part:
 
     def rows(self, rows: Tensor | slice) -> Part:
         """Return some of the examples."""
-        return Part(self.objective, take(self.batch, rows, self.size))
+        return Part(self.objective, take(self.batch, rows, self.size), per_example=self.per_example)
 
     def loss(self, *, finite: bool = True) -> float:
         """Return the mean loss, for 1/3 of a pass."""
@@ -60,7 +61,7 @@ class Part:
 
     def _run(self, finite: bool) -> Tensor:
         rng.put_back(self._states)
-        losses = self.objective.losses(self.batch, finite=finite)
+        losses = self.objective.losses(self.batch, finite=finite, per_example=self.per_example)
         self.objective.count(FORWARD, self.size)
         self.weights = self.objective.weights_of(self.batch, losses)
         self.weight = float(self.weights.cpu().double().sum())
