@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# backpack asks for torchvision, which curvlinops does not use and which does not import beside CPU builds of torch
+WITHOUT_TORCHVISION := curvlinops-for-pytorch backpack-for-pytorch
 
 demo: setup  ## compare the methods on the digits
 	$(BIN)/steppe compare --out runs/demo
@@ -13,11 +15,13 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: setup  ## cost of a step beside the peers, on ranks, and in memory; needs a quiet machine
-	$(BIN)/pip install -q -c constraints.txt -e '.[bench]'
+bench: setup  ## cost of a step beside the peers, on ranks, in memory, and of curvature; needs a quiet machine
+	$(BIN)/pip install -q -c constraints.txt -e '.[bench,peers]'
+	$(BIN)/pip install -q -c constraints.txt --no-deps $(WITHOUT_TORCHVISION)
 	$(BIN)/python benchmarks/step_cost.py
 	$(BIN)/python benchmarks/ranks.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/curvature.py
 
 setup: $(VENV)/.ready
 
@@ -27,7 +31,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.ready  ## tests want the trainers too, which a comparison does not
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[lab,dev]'
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[lab,dev,peers]'
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt --no-deps $(WITHOUT_TORCHVISION)
 	touch $@
 
 clean:

@@ -4,98 +4,27 @@ import errno
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Annotated, Any, Union
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union
 
 import steppe
 from steppe.lab.config import Setting
-from steppe.lab.presets import GRIDS, METHODS, preset, preset_jobs, preset_seeds
+from steppe.lab.options import Landscapes, Sharpness
+from steppe.lab.presets import preset, preset_jobs, preset_seeds
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+    from rich.console import Console
+
+    from steppe.lab.commands import Command, Compare, Landscape, Measure, Tune
+    from steppe.lab.run import Run
 
 __all__ = ["main"]
 
 FAILED = 2
 INTERRUPTED = 130
 PIPED_WIDTH = 160
-
-
-@dataclass(frozen=True)
-class Compare(Setting):
-    """Compare methods over seeds: test accuracy, cost, time and memory, in a table and in pictures.
-
-    All methods of a seed see the same initial weights, batches, augmentation and label noise. A command that
-    was interrupted goes on where it stopped when it is given again.
-
-    For instance:
-
-        steppe compare
-        steppe compare --methods sgd sam "rst(esam(rho=0.4), p=0.5)" --seeds 3
-        steppe compare --data data/cifar10 --model wrn-16-8 --epochs 200 --out runs/wrn
-        steppe compare --data data/cifar10 --help
-    """
-
-    methods: tuple[str, ...] = METHODS
-    """Expressions of the methods, see `steppe methods`. They are held against sgd, or else the first."""
-    seeds: int = 5
-    """Number of seeds."""
-    out: Path = Path("runs")
-    """Folder of the reports and the runs."""
-    jobs: int = 1
-    """Processes to train in, each of which takes a seed at a time."""
-    threads: int = 1
-    """Threads that torch computes with in each process."""
-
-
-@dataclass(frozen=True)
-class Train(Setting):
-    """Train one network with one method and one seed.
-
-    For instance:
-
-        steppe train --method "sam(rho=0.6)"
-        steppe train --method esam --data data/cifar10 --seed 3
-    """
-
-    method: str = "sgd"
-    """Expression of the method, as `steppe methods` lists them."""
-    seed: int = 0
-    """Fixes weights, batches, augmentation and label noise."""
-    out: Path = Path("runs")
-    """Folder in which the run's own folder is made."""
-    threads: int = 1
-    """Threads that torch computes with."""
-
-
-@dataclass(frozen=True)
-class Tune(Setting):
-    """Choose the methods' values by accuracy on a held-out fifth of the training images.
-
-    Test images take no part.
-
-    For instance:
-
-        steppe tune
-        steppe tune --grids "sam(rho={0.1,0.2,0.4})" "gsam(rho={0.2,0.4}, alpha={0.1,0.4})" --seeds 5
-    """
-
-    grids: tuple[str, ...] = GRIDS
-    """Expressions of methods in which braces list the values to try."""
-    seeds: int = 3
-    """Number of seeds a candidate."""
-    out: Path = Path("runs")
-    """Folder of tuned.json, tuned.md and the runs."""
-    jobs: int = 1
-    """Processes to train in, each of which takes a run at a time."""
-    threads: int = 1
-    """Threads that torch computes with in each process."""
-
-
-@dataclass(frozen=True)
-class Methods:
-    """List the methods: signature, equation, cost and source of each."""
-
-
-Command = Compare | Train | Tune | Methods
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -116,10 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _say("interrupted; run the same command again to go on", INTERRUPTED)
     except ModuleNotFoundError as error:
         return _say(f"the laboratory needs {error.name}: pip install 'steppe[lab]'", FAILED)
+    except ImportError as error:
+        return _say(str(error), FAILED)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             where = error.filename or getattr(command, "out", ".")
-            mend = "free some or give another --out; finished runs are kept"
+            mend = "free some or give another --out; what is finished is kept"
             return _say(f"no space left on the disk for {where}: {mend}", FAILED)
         return _say(str(error), FAILED)
     except (ValueError, TypeError) as error:
@@ -131,9 +62,11 @@ def _say(message: str, status: int) -> int:
     return status
 
 
-def _parse(arguments: Sequence[str]) -> Command:
+def _parse(arguments: Sequence[str]) -> "Command":
     """Parse the command line; the defaults are those of its --data."""
     import tyro
+
+    from steppe.lab.commands import Compare, Landscape, Measure, Methods, Train, Tune
 
     data = next(iter(_values_of("--data", arguments)), "digits")
     setting = asdict(preset(data))
@@ -143,6 +76,8 @@ def _parse(arguments: Sequence[str]) -> Command:
         "compare": Compare(**setting, seeds=seeds, out=out, jobs=jobs, threads=threads),
         "train": Train(**setting, out=out, threads=threads),
         "tune": Tune(**setting, out=out.with_name(f"{out.name}-tune"), jobs=jobs, threads=threads),
+        "sharpness": Measure(),
+        "landscape": Landscape(),
         "methods": Methods(),
     }
     subcommands: Any = tuple(
@@ -166,41 +101,116 @@ def _values_of(option: str, arguments: Sequence[str]) -> Iterator[str]:
             yield here.removeprefix(f"{option}=")
 
 
-def _run(command: Command, line: str) -> int:
+def _run(command: "Command", line: str) -> int:
+    import torch
     from rich.console import Console
+
+    from steppe.lab.catalogue import catalogue
+    from steppe.lab.commands import Compare, Landscape, Measure, Methods, Tune
 
     console = Console()
     if not console.is_terminal:
         console.width = PIPED_WIDTH
     if isinstance(command, Methods):
-        from steppe.lab.catalogue import catalogue
-
         console.print(catalogue())
         return 0
+    if command.threads is not None:
+        if command.threads < 1:
+            raise ValueError(f"threads must be at least 1, got {command.threads}")
+        torch.set_num_threads(command.threads)
+    if isinstance(command, Measure):
+        return _measure(command, line, console)
+    if isinstance(command, Landscape):
+        return _draw(command, line, console)
+    if isinstance(command, Tune):
+        return _tune(command, line, console)
+    if isinstance(command, Compare):
+        return _compare(command, line, console)
 
-    import torch
+    from steppe.lab.study import configure, perform
 
+    (run,) = perform([[configure(_only(command, Setting), command.method, command.seed)]], command.out)
+    console.print_json(data=run.result)
+    console.print(f"written to {run.folder}")
+    return _status([run])
+
+
+def _compare(command: "Compare", line: str, console: "Console") -> int:
+    from steppe.lab.flatness import columns
     from steppe.lab.report import write_report
-    from steppe.lab.study import compare, configure, perform
+    from steppe.lab.study import compare
+
+    runs = compare(_only(command, Setting), command.methods, command.seeds, command.out, command.jobs)
+    further = columns(runs) if command.sharpness else None
+    console.print(write_report(runs, command.out, line, further))
+    console.print(f"written to {command.out / 'report.md'}")
+    return _status(runs)
+
+
+def _tune(command: "Tune", line: str, console: "Console") -> int:
     from steppe.lab.tune import tune, write_choice
 
-    if command.threads < 1:
-        raise ValueError(f"threads must be at least 1, got {command.threads}")
-    torch.set_num_threads(command.threads)
-    setting = Setting(**{field.name: getattr(command, field.name) for field in fields(Setting)})
-    if isinstance(command, Tune):
-        candidates = tune(setting, command.grids, command.seeds, command.out, command.jobs)
-        console.print(write_choice(candidates, command.out, line))
-        console.print(f"written to {command.out / 'tuned.md'}")
-        return 0 if all(candidate.accuracy for candidate in candidates) else FAILED
-    if isinstance(command, Train):
-        runs = perform([[configure(setting, command.method, command.seed)]], command.out)
-        console.print_json(data=runs[0].result)
-        console.print(f"written to {runs[0].folder}")
-    else:
-        runs = compare(setting, command.methods, command.seeds, command.out, command.jobs)
-        console.print(write_report(runs, command.out, line))
-        console.print(f"written to {command.out / 'report.md'}")
+    candidates = tune(_only(command, Setting), command.grids, command.seeds, command.out, command.jobs)
+    console.print(write_choice(candidates, command.out, line))
+    console.print(f"written to {command.out / 'tuned.md'}")
+    return 0 if all(candidate.accuracy for candidate in candidates) else FAILED
+
+
+def _measure(command: "Measure", line: str, console: "Console") -> int:
+    from steppe.lab.files import claimed
+    from steppe.lab.flatness import write_sharpness
+    from steppe.lab.sharpness import measure_sharpness
+    from steppe.lab.trained import home
+
+    runs, left_out = _finished(command)
+    out = command.out or home(command.runs) / "sharpness"
+    what = _only(command, Sharpness)
+    with claimed(out):
+        found = measure_sharpness(runs, what)
+        console.print(write_sharpness(runs, found, left_out, what, out, line))
+    console.print(f"written to {out / 'sharpness.md'}")
+    return 0
+
+
+def _draw(command: "Landscape", line: str, console: "Console") -> int:
+    from steppe.lab.atlas import write_landscapes
+    from steppe.lab.files import claimed
+    from steppe.lab.landscapes import measure_landscapes
+    from steppe.lab.trained import home
+
+    runs, left_out = _finished(command)
+    out = command.out or home(command.runs) / "landscape"
+    what = _only(command, Landscapes)
+    with claimed(out):
+        curves, maps = measure_landscapes(runs, what)
+        for path in write_landscapes(curves, maps, left_out, what, out, line):
+            console.print(f"written to {path}")
+    return 0
+
+
+def _finished(command: "Measure | Landscape") -> "tuple[list[Run], list[str]]":
+    """The runs that a command names, and those that are left out; torch gets their number of threads."""
+    import torch
+
+    from steppe.lab.trained import find
+
+    runs, left_out = find(command.runs)
+    for line in left_out:
+        _say(f"left out: {line}", 0)
+    if command.threads is None:
+        torch.set_num_threads(min((runs[0].result or {}).get("threads", 1), torch.get_num_threads()))
+    return runs, left_out
+
+
+Options = TypeVar("Options", bound="DataclassInstance")
+
+
+def _only(command: Options, kind: type[Options]) -> Options:
+    """The options of a command that are of one kind."""
+    return kind(**{field.name: getattr(command, field.name) for field in fields(kind)})
+
+
+def _status(runs: "Sequence[Run]") -> int:
     failures = [run.failure for run in runs if run.failure]
     for failure in failures:
         _say(failure, FAILED)

@@ -212,9 +212,7 @@ class SharpnessAware(Passes):
         elif self.ascent == "local" or self.split:
             reason = "a bare closure hides the model, whose all-reduce is to be left out of a pass"
         elif self._masks() and not Ranks(None).is_alone:
-            reason = (
-                "on several ranks the gradients of a masked pass are averaged by hand, which needs the model"
-            )
+            reason = "on several ranks the gradients of a masked pass are averaged by hand, which needs the model"
         elif self.rounding == "float32":
             reason = "a bare closure hides the model, which is to be run in float32"
         elif self._left.is_changed() if self._left else any(p.grad is not None for p in self.trainable()):

@@ -95,7 +95,7 @@ def test_names_of_close_points_do_not_overlap():
         for number, name in enumerate(names)
     ]
     assert accuracy_against_cost(points).startswith(b"\x89PNG")
-    figure, (axes,) = plots._figure(1)
+    figure, (axes,) = plots.new_figure(1)
     marks = [(point.cost, 100 * point.accuracy.mean, 0.2) for point in points]
     for x, y, half in marks:
         axes.errorbar(x, y, yerr=half)

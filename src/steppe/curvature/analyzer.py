@@ -119,7 +119,7 @@ class Analyzer:
     ) -> Eigenvalues:
         """Return the largest eigenvalues (or the smallest, or those largest in magnitude), see `eigenvalues`.
 
-        The Lanczos process starts from the gradient with noise. ``method="power"`` is the cross-check for the first.
+        ``method="power"``, power iteration, is the cross-check for the first.
         """
         if method not in ("lanczos", "power"):
             raise ValueError(f'method={method!r} is neither "lanczos" nor "power"')

@@ -1,22 +1,21 @@
-"""The two pictures of a comparison."""
+"""The pictures of a comparison, and those of the sharpness of its runs."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
+from steppe.curvature import FilterNorms, Spectrum
+from steppe.curvature.pictures import COLOURS, DASHES
 from steppe.lab.stats import Estimate, estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Curve", "Point", "accuracy_against_cost", "curves"]
+__all__ = ["Curve", "Point", "accuracy_against_cost", "curves", "filters", "new_figure", "saved", "spectra"]
 
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Okabe and Ito's palette, told apart by all eyes; without its yellow, too pale on white."""
-DASHES = ("-", "--", ":", "-.")
 PLACES = [(8 * x * far, 8 * y * far) for far in range(1, 12) for x in (1, -1) for y in (1, -1, 0)]
 """Where a name may stand, in points from its mark, the nearest first."""
 
@@ -42,7 +41,7 @@ class Curve:
 
 def accuracy_against_cost(points: Sequence[Point]) -> bytes:
     """Test accuracy in per cent, with 95 % intervals, against propagations a step, as a PNG."""
-    figure, (axes,) = _figure(1)
+    figure, (axes,) = new_figure(1)
     marks = [(point.cost, 100 * point.accuracy.mean, 100 * (point.accuracy.half or 0.0)) for point in points]
     for (x, y, half), colour in zip(marks, cycle(COLOURS)):
         axes.errorbar(x, y, yerr=half or None, fmt="o", color=colour, capsize=3, alpha=0.9)
@@ -52,7 +51,7 @@ def accuracy_against_cost(points: Sequence[Point]) -> bytes:
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, 0.0), min(high, 102.0))
     _label(figure, axes, [point.method for point in points], marks)
-    return _png(figure)
+    return saved(figure)
 
 
 def _label(figure: "Figure", axes: "Axes", names: Sequence[str], marks: Sequence[tuple[float, float, float]]) -> None:
@@ -105,7 +104,7 @@ def _area(one: Any, other: Any) -> float:
 
 def curves(methods: Sequence[Curve]) -> bytes:
     """Training loss and test accuracy against the epoch, mean over seeds with its 95 % interval, as a PNG."""
-    figure, (left, right) = _figure(2)
+    figure, (left, right) = new_figure(2)
     for number, curve in enumerate(methods):
         style: Any = {
             "color": COLOURS[number % len(COLOURS)],
@@ -125,10 +124,30 @@ def curves(methods: Sequence[Curve]) -> bytes:
     for axes in (left, right):
         axes.set_xlabel("epoch")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    return _png(figure)
+    return saved(figure)
 
 
-def _figure(panels: int) -> tuple["Figure", Sequence["Axes"]]:
+def spectra(found: Mapping[str, Spectrum]) -> bytes:
+    """Spectral densities of the methods' Hessians on one pair of axes, as a PNG."""
+    figure, (axes,) = new_figure(1)
+    axes.set_prop_cycle(color=COLOURS * len(DASHES), linestyle=[dash for dash in DASHES for _ in COLOURS])
+    widest = max(float(spectrum.nodes.max() - spectrum.nodes.min()) for spectrum in found.values())
+    for method, spectrum in found.items():
+        spectrum.plot(axes, label=method, width=widest / 100 or 1.0)
+    return saved(figure)
+
+
+def filters(found: Mapping[str, FilterNorms]) -> bytes:
+    """Distributions of the norms of the methods' filters on one pair of axes, as a PNG."""
+    figure, (axes,) = new_figure(1)
+    axes.set_prop_cycle(color=COLOURS)
+    for method, norms in found.items():
+        norms.plot(axes, label=method)
+    return saved(figure)
+
+
+def new_figure(panels: int) -> tuple["Figure", Sequence["Axes"]]:
+    """A figure with panels side by side."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -141,7 +160,8 @@ def _figure(panels: int) -> tuple["Figure", Sequence["Axes"]]:
     return figure, panes
 
 
-def _png(figure: "Figure") -> bytes:
+def saved(figure: "Figure", kind: str = "png") -> bytes:
+    """The content of a file with the figure: "png" or "svg"."""
     content = io.BytesIO()
-    figure.savefig(content, format="png")
+    figure.savefig(content, format=kind)
     return content.getvalue()

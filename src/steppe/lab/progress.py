@@ -1,7 +1,7 @@
-"""How far many runs are: a bar on a terminal, else a line for each that finishes."""
+"""How far long work is: a bar on a terminal, else a line for each run that finishes."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 import steppe
 from steppe.lab.run import Run
 
-__all__ = ["Display"]
+__all__ = ["Bar", "Display"]
 
 
 class Display:
@@ -26,17 +26,7 @@ class Display:
         self._costs = {method: steppe.parse(method).cost() for method in {run.config.method for run in runs}}
         self._work = self._left(runs)
         self._accuracy = ""
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:3.0f} %"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=self._quiet,
-            speed_estimate_period=300,
-        )
+        self._progress = _progress(console)
         self._task = self._progress.add_task("", total=max(self._work, 1.0))
 
     def __enter__(self) -> "Display":
@@ -70,3 +60,55 @@ class Display:
             for run in runs
             if run.result is None
         )
+
+
+class Bar:
+    """The progress of work in pieces of known size, on stderr, for the length of a `with` block.
+
+    Args:
+        total: size of the work, in any unit.
+    """
+
+    def __init__(self, total: float) -> None:
+        console = Console(stderr=True)
+        self._quiet = not console.is_terminal
+        self._progress = _progress(console)
+        self._task = self._progress.add_task("", total=max(total, 1.0))
+        self._begun = 0.0
+
+    def __enter__(self) -> "Bar":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def piece(self, label: str, size: float) -> Callable[[float], None]:
+        """Begin a piece of the work, and return a function that is told the share of it that is done."""
+        start = self._begun
+        self._begun += size
+
+        def show(share: float) -> None:
+            self._progress.update(self._task, description=label, completed=start + share * size)
+
+        show(0.0)
+        return show
+
+    def say(self, line: str) -> None:
+        """Write a line where there is no bar."""
+        if self._quiet:
+            print(line, file=sys.stderr, flush=True)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f} %"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        speed_estimate_period=300,
+    )

@@ -5,9 +5,10 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -19,7 +20,7 @@ from steppe.lab.plots import Curve, Point, accuracy_against_cost, curves
 from steppe.lab.run import Run
 from steppe.lab.stats import Difference, Estimate, difference, estimate
 
-__all__ = ["Row", "machine", "markdown", "rows", "table", "write_report"]
+__all__ = ["Columns", "Row", "machine", "markdown", "rows", "table", "write_report"]
 
 MISSING = "—"
 
@@ -39,6 +40,15 @@ class Row:
     memory: int | None
     """Peak bytes of a training step."""
     failures: tuple[str, ...]
+
+
+class Columns(NamedTuple):
+    """Further columns of the table."""
+
+    titles: Sequence[str]
+    cells: Mapping[str, Sequence[str]]
+    """Those of each method that has any."""
+    legend: str
 
 
 def rows(runs: Sequence[Run]) -> list[Row]:
@@ -151,19 +161,24 @@ def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_report(runs: Sequence[Run], out: Path, command: str) -> Table:
+def write_report(runs: Sequence[Run], out: Path, command: str, further: Columns | None = None) -> Table:
     """Write report.md, report.png, curves.png and runs.jsonl into `out`, and return the terminal's table.
 
     Args:
         runs: finished runs.
         out: folder of the study.
         command: the command line that made them.
+        further: columns to add to the table.
 
     Raises:
         OSError: if a file cannot be written.
     """
     found = rows(runs)
     header, body = _cells(found)
+    if further:
+        header += further.titles
+        for row, cells in zip(found, body, strict=True):
+            cells += further.cells.get(row.method, [MISSING] * len(further.titles))
     lines = (json.dumps({**asdict(run.config), **(run.result or {})}) + "\n" for run in runs)
     write(out / "runs.jsonl", "".join(lines))
     points = [
@@ -182,6 +197,7 @@ def write_report(runs: Sequence[Run], out: Path, command: str) -> Table:
         f"# Comparison on {Path(runs[0].config.data).name}\n\n"
         + markdown(header, body)
         + LEGEND
+        + (further.legend if further else "")
         + (failures + "\n" if failures else "")
         + pictures
         + f"    {command}\n\n{datetime.date.today().isoformat()}, {machine()}.\n",

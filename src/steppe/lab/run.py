@@ -30,8 +30,18 @@ class Run:
     """
 
     def __init__(self, config: Config, out: Path) -> None:
+        self._read(config, out / "runs" / config.name)
+
+    @classmethod
+    def at(cls, folder: Path) -> "Run":
+        """The run that a folder holds, whatever the folder is called."""
+        run = cls.__new__(cls)
+        run._read(Config(**json.loads((folder / "config.json").read_text())), folder)
+        return run
+
+    def _read(self, config: Config, folder: Path) -> None:
         self.config = config
-        self.folder = out / "runs" / config.name
+        self.folder = folder
         self.result: dict[str, Any] | None = None
         """Final figures, or why it "failed"; None until the run is finished."""
         self.records: list[dict[str, Any]] = []

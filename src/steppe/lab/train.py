@@ -20,7 +20,7 @@ from steppe.lab.config import Config
 from steppe.lab.data import Dataset, Split, load
 from steppe.lab.memory import peak_memory
 
-__all__ = ["DivergedError", "Training", "evaluate", "step_memory"]
+__all__ = ["DivergedError", "Training", "cross_entropy", "evaluate", "laid_out", "step_memory"]
 
 WARM_UP = 0.05
 """Share of the steps over which the learning rate rises to its peak."""
@@ -134,7 +134,7 @@ class Training:
                 crop=config.crop,
                 cutout=config.cutout,
             )
-            yield steppe.Batch(self.model, cross_entropy, (_laid_out(images), split.labels))
+            yield steppe.Batch(self.model, cross_entropy, (laid_out(images), split.labels))
 
 
 def evaluate(model: nn.Module, split: Split, dataset: Dataset) -> tuple[float, float]:
@@ -155,7 +155,7 @@ def evaluate(model: nn.Module, split: Split, dataset: Dataset) -> tuple[float, f
             torch.split(split.labels, EVALUATION_BATCH),
             strict=True,
         ):
-            logits = model(_laid_out(normalize(images, dataset.mean, dataset.std)))
+            logits = model(laid_out(normalize(images, dataset.mean, dataset.std)))
             loss += F.cross_entropy(logits, labels, reduction="sum")
             hits += (logits.argmax(1) == labels).sum()
     model.train(mode)
@@ -227,10 +227,11 @@ def _build(
 def _noise(model: nn.Module, config: Config, classes: int, channels: int, size: int) -> steppe.Batch:
     images = torch.randn(config.batch_size, channels, size, size, device=config.device)
     labels = torch.arange(config.batch_size, device=config.device) % classes
-    return steppe.Batch(model, cross_entropy, (_laid_out(images), labels))
+    return steppe.Batch(model, cross_entropy, (laid_out(images), labels))
 
 
-def _laid_out(images: Tensor) -> Tensor:
+def laid_out(images: Tensor) -> Tensor:
+    """The images in the memory layout that the networks are trained in."""
     return images.contiguous(memory_format=LAYOUT)
 
 
