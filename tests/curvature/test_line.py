@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
-from test_landscape import assert_same, cut, right, snapshot, used
 
 import nets
 from steppe.curvature.line import line
 from steppe.curvature.objective import Objective
+from test_landscape import assert_same, cut, right, snapshot, used
 
 
 def pair(make):

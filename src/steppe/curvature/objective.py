@@ -44,8 +44,8 @@ class Objective:
             ``DistributedDataParallel`` model. All of them have to take part in every measurement.
 
     Raises:
-        ValueError: if no parameter is chosen, the weights are sharded or complex, or the loader cannot be run through
-            again.
+        ValueError: if no parameter is chosen, the weights are sharded or complex, or the loader shuffles or cannot be
+            run through again.
     """
 
     def __init__(

@@ -80,10 +80,9 @@ class Operator:
 
     def __matmul__(self, v: Tensor) -> Tensor:
         """Return the product, shaped as ``v``."""
-        columns = v.reshape(len(v), -1) if v.ndim else v.reshape(1, 1)
-        if v.ndim not in (1, 2) or len(columns) != self.size:
+        if v.ndim not in (1, 2) or len(v) != self.size:
             raise ValueError(f"a vector of shape {tuple(v.shape)} for a matrix of {self.size} rows")
-        vectors = [self.objective.split(column) for column in columns.T.contiguous()]
+        vectors = [self.objective.split(column) for column in v.reshape(self.size, -1).T.contiguous()]
         total = torch.zeros(self.size, len(vectors), dtype=self.dtype, device=self.device)
         weight = torch.zeros((), dtype=self.dtype, device=self.device)
         reuse = self.objective.is_single if self._reuse is None else self._reuse

@@ -56,8 +56,8 @@ def gauss_newton(objective: Objective, batch: Any) -> tuple[Product, Tensor, int
                          "Gauss-Newton matrix would miss that part: take penalties out of loss_fn, or "
                          'kind="hessian"')  # fmt: skip
     weights = objective.weights_of(batch, losses)
-    slopes = torch.autograd.grad((weights * losses).sum(), leaves, create_graph=True, materialize_grads=True)
-    curved = [i for i, slope in enumerate(slopes) if slope.requires_grad]
+    slopes = torch.autograd.grad((weights * losses).sum(), leaves, create_graph=True, allow_unused=True)
+    curved = [i for i, slope in enumerate(slopes) if slope is not None and slope.requires_grad]
     if not curved:
         raise ValueError(
             "the loss is linear in the model's outputs, so its Gauss-Newton matrix is 0: if the model computes its "
@@ -90,7 +90,7 @@ def fisher(
     weights = objective.weights_of(batch, losses)
     used = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
     kept = [z for z, slope in zip(outputs, used, strict=True) if slope is not None]
-    if len(kept) != 1 or len(kept[0]) != len(losses) or (likelihood == "categorical" and kept[0].ndim != 2):
+    if len(kept) != 1 or kept[0].shape[:1] != losses.shape or (likelihood == "categorical" and kept[0].ndim != 2):
         shapes = ", ".join(str(tuple(z.shape)) for z in kept)
         wanted = "logits (B, C)" if likelihood == "categorical" else "means (B, ...)"
         raise ValueError(f"the Fisher matrix needs one output, {wanted} for {len(losses)} examples; the loss uses "
@@ -135,6 +135,8 @@ def empirical(objective: Objective, batch: Any) -> tuple[Product, Tensor, int]:
         1 gradient, and 4/3 for each product.
     """
     losses = objective.losses(batch, per_example=True)
+    if not losses.requires_grad:
+        raise ValueError("the loss does not depend on the chosen parameters: it was detached, or run under no_grad")
     weights = objective.weights_of(batch, losses)
 
     def middle(u: Vec) -> Vec:

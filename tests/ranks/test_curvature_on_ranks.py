@@ -1,0 +1,36 @@
+"""Operators on ranks with uneven shards are those of one process, by a group or by DDP."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from curvature_work import alone, drawn, share, together
+from launch import launch
+
+
+@pytest.mark.parametrize(
+    ("shards", "net", "weights", "wrapped"),
+    [
+        ("uneven", "mlp", None, False),
+        ("uneven", "transformer", share, True),
+        ("a rank with one example", "convnet", share, False),
+        ("three ranks", "mlp", share, True),
+    ],
+)
+def test_ranks_with_uneven_shards_are_one_process(shards, net, weights, wrapped):
+    wanted = alone(shards, net, weights)
+    first, *others = launch(3 if "three" in shards else 2, together, shards, net, weights, wrapped)
+    assert not [other for other in others if not all(map(torch.equal, first[: len(wanted)], other[: len(wanted)]))]
+    for a, b in zip(first, wanted, strict=False):
+        assert float((a - b).norm()) <= 1e-12 * float(b.norm())
+    for other in others:
+        assert all(map(torch.equal, first[len(wanted) :], other[len(wanted) :]))
+    assert len(first) > len(wanted) or not wrapped
+
+
+def test_ranks_draw_labels_of_their_own():
+    (whole, mine), (again, other) = launch(2, drawn, 0)
+    assert torch.equal(whole, again)
+    assert torch.equal(mine, other)  # the same seed, data and place: the same labels
+    assert not torch.allclose(whole, mine)  # rank 1 of two draws others than rank 0 has
