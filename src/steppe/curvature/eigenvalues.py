@@ -105,8 +105,8 @@ def eigenvalues(
     and further values there is no such limit; one close to another may be missed.
 
     Where the vectors so far span an invariant space before all wanted eigenvalues are in it, a new random vector goes
-    on outside: so a multiple eigenvalue is found as often as it counts, unless the process converges before. When the
-    basis is full, the better half of its Ritz vectors is kept (thick restart).
+    on outside: there a multiple eigenvalue is found again, as often as it counts. (Where the process converges before
+    that, it is counted once.) When the basis is full, the better half of its Ritz vectors is kept (thick restart).
 
     Args:
         A: symmetric matrix of n rows.
@@ -114,9 +114,10 @@ def eigenvalues(
         which: ``"largest"``, ``"smallest"`` (the most negative) or ``"magnitude"``; they come in this order.
         tol: bound wanted, relative to the value's magnitude; the limit has to be within its square root.
         max_products: when to give up; what has not converged by then says so.
-        basis: vectors of n entries to keep in memory, at least 2k + 10.
-        start: vector (n,) to begin with, to which as much noise is added; noise alone by default. An eigenvector found
-            before spares products. A gradient does early in training; later it misses the largest ones, and costs some.
+        basis: most vectors of n entries to keep in memory, at least 2k + 10.
+        start: vector (n,) to begin with, to which as much noise is added; noise alone by default, which is best. A
+            gradient costs products: near a minimum it hardly contains the largest eigenvectors, and wherever it does,
+            the limit comes closer later.
         seed: of the noise.
         progress: called with the share of ``max_products`` done, at the end with 1.
 
@@ -124,7 +125,8 @@ def eigenvalues(
         ValueError: if k is more than n or max_products, an argument is out of range, or a product is not finite.
 
     Cost:
-        For ``λmax`` of a network to 1 %, 3 to 10 products; some ten more for the top five to 0.1 %.
+        The products it takes: for ``λmax`` of a network 6 to 11 at ``tol=1e-2`` and 7 to 14 at 1e-3; for the top five
+        12 to 33.
 
     Source:
         Lanczos 1950; Wu and Simon 2000 (thick restart); Parlett 1980, "The symmetric eigenvalue problem", theorem
@@ -151,16 +153,16 @@ def eigenvalues(
         limit = max(process.limit(sign, share) for sign in SIGNS[which])
         distance = limit - float(ranks[leader])
         sure = distance <= max(tol**0.5 * float(values[leader].abs()), process.rounding)
-        if process.rows >= k and within[best].all() and within[leader] and sure:
-            complete = ranks[leader] <= ranks[best[-1]] + process.rounding
-            if not process.exhausted or complete or process.rows == A.size:
-                break
-        if products == max_products:
+        settled = bool(within[best].all() and within[leader]) and sure
+        over = (settled and (process.rows >= k or process.exhausted)) or process.beta == 0
+        complete = process.rows >= k and ranks[leader] <= ranks[best[-1]] + process.rounding
+        closed = complete or process.rows == A.size or not (process.exhausted or process.locked)
+        if products == max_products or (over and closed):
             break
-        if process.exhausted:
+        if over:
             process.keep(best, locked=len(best))
             process.begin(first(A, None, generator))
-        elif process.rows == len(process.basis):
+        elif process.rows == process.room:
             free = order[order >= process.locked]
             kept = torch.cat([torch.arange(process.locked), free[: (len(free) + k) // 2]])
             process.keep(kept, locked=process.locked)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,18 +18,18 @@ class Lanczos:
 
     New vectors are orthogonalised twice against all that are there, so that no eigenvalue comes up twice by rounding.
     All of the column h is kept, of which the three-term recurrence would keep two entries: after ``keep``, the
-    others are not zero. The first ``locked`` vectors span an invariant space from which the process keeps away.
+    others are not zero. The first ``locked`` vectors are eigenvectors found, and the process keeps away from them.
 
     Args:
         A: symmetric matrix of n rows.
         start: first vector, shape (n,).
-        room: vectors of n entries to make room for, at most n.
+        room: largest number of vectors in the basis, at most n.
 
     Raises:
         ValueError: in ``step``, if a product is not finite.
 
     Cost:
-        A product a step; memory for ``room`` vectors, and for those kept once more during ``keep``.
+        A product a step; memory for at most ``room`` vectors, while it grows or is turned for half as many more.
 
     Source:
         Lanczos 1950, "An iteration method for the solution of the eigenvalue problem"; Parlett 1980, "The symmetric
@@ -37,22 +38,23 @@ class Lanczos:
     """
 
     def __init__(self, A: Matrix, start: Tensor, room: int) -> None:
-        self.A = A
-        self.basis = torch.zeros(room, A.size, dtype=A.dtype, device=A.device)
+        self.A, self.room = A, room
+        self.basis = torch.zeros(min(room, 8), A.size, dtype=A.dtype, device=A.device)
         self.H = torch.zeros(room, room, dtype=torch.float64)
-        self.rows = self.locked = 0
+        self.rows = self.locked = self.turns = 0
         self.beta = self.scale = 0.0
+        self.held = torch.zeros(0, dtype=torch.float64)
         self.begin(start)
 
     @property
     def rounding(self) -> float:
-        """What rounding may add to a residual."""
-        return rounding(self.A, self.scale)
+        """What rounding may add to a residual; as much again for each time that the basis was turned."""
+        return (1 + self.turns) * rounding(self.A, self.scale)
 
     @property
     def exhausted(self) -> bool:
-        """Whether the basis spans an invariant space, so that no product of A leads out of it."""
-        return self.rows > 0 and self.beta == 0.0
+        """Whether the basis spans an invariant space but for rounding, so that products of A lead out no more."""
+        return self.beta <= 100 * self.rounding
 
     def begin(self, start: Tensor) -> None:
         """Go on from ``start``, less what the basis holds of it."""
@@ -64,14 +66,15 @@ class Lanczos:
         """Add the next vector to the basis."""
         image = product(self.A, self.next)
         self.scale = max(self.scale, float(torch.linalg.vector_norm(image)))
+        if self.rows == len(self.basis):
+            more = min(self.room, 2 * self.rows) - self.rows
+            self.basis = torch.cat([self.basis, self.basis.new_zeros(more, self.A.size)])
         self.basis[self.rows] = self.next
         self.rows += 1
         rest, column = self._orthogonal(image)
         self.H[: self.rows, self.rows - 1] = self.H[self.rows - 1, : self.rows] = column.to("cpu", torch.float64)
-        self.beta = float(torch.linalg.vector_norm(rest))
-        if self.beta <= self.rounding or self.rows == self.A.size:
-            self.beta = 0.0
-        else:
+        self.beta = float(torch.linalg.vector_norm(rest)) if self.rows < self.A.size else 0.0
+        if self.beta > 0:
             self.next = rest / self.beta
             self.log_norm += math.log(self.beta)
 
@@ -79,12 +82,13 @@ class Lanczos:
         """Return what the basis knows of A's eigenvalues: (values, residual norms, coordinates), float64 on the CPU.
 
         The value ``θ`` and the unit vector ``y = Qᵀs``, s a column of the coordinates, have the residual norm
-        ``‖A y − θ y‖ = β |s_last|``. Locked ones come first; the others ascend.
+        ``‖A y − θ y‖ = β |s_last|``, and what leads back to locked vectors. Those come first; the others ascend.
         """
         values, s = self.H.diagonal()[: self.rows].clone(), torch.eye(self.rows, dtype=torch.float64)
         free = slice(self.locked, self.rows)
         values[free], s[free, free] = torch.linalg.eigh(self.H[free, free])
-        return values, self.beta * s[-1].abs(), s
+        out = torch.cat([self.H[: self.locked, free] @ s[free, free], self.beta * s[-1:, free]])
+        return values, torch.cat([self.held, torch.linalg.vector_norm(out, dim=0)]), s
 
     def limit(self, sign: int, share: float) -> float:
         """Return the x beyond which lies no eigenvalue whose eigenvector has the given share in ``start``.
@@ -104,20 +108,20 @@ class Lanczos:
             of symmetric matrices with the Lanczos method".
         """
         values, _, _ = self.ritz()
-        roots = sign * torch.cat([values[self.locked :], self.dropped])
-        top = roots.max()
-        if self.exhausted:
-            return float(top)
+        roots = sign * torch.cat([values[self.locked :], self.dropped]).numpy()
+        top = float(roots.max())
+        if self.beta == 0.0:
+            return top
         goal = self.log_norm - math.log(share) / 2
-        high = goal / len(roots)  # where log p would be as large if all roots lay at the top
+        high = goal / len(roots)  # log of the distance from the top, if all roots lay there
         low = high - 80.0
         for _ in range(50):
             middle = (low + high) / 2
-            if float((math.exp(middle) + top - roots).log().sum()) > goal:
+            if np.log(math.exp(middle) + (top - roots)).sum() > goal:
                 high = middle
             else:
                 low = middle
-        return float(top) + math.exp(high)
+        return top + math.exp(high)
 
     def vectors(self, coordinates: Tensor) -> Tensor:
         """Return the vectors with these coordinates (rows, k), as rows (k, n)."""
@@ -125,14 +129,17 @@ class Lanczos:
 
     def keep(self, chosen: Tensor, locked: int) -> None:
         """Make the basis the Ritz vectors at these places of ``ritz``, the first ``locked`` of them locked."""
-        values, _, coordinates = self.ritz()
+        values, residuals, s = self.ritz()
         others = torch.ones(self.rows, dtype=torch.bool)
         others[chosen] = False
         self.dropped = torch.cat([self.dropped, values[others]])
-        values, coordinates, count = values[chosen], coordinates[:, chosen], len(chosen)
-        self.basis[:count] = self.vectors(coordinates)
-        self.H.zero_().diagonal()[:count] = values
-        self.rows, self.locked = count, locked
+        count, free = len(chosen), slice(self.locked, self.rows)
+        coupling = self.H[: self.locked, free] @ s[free, chosen[locked:]]
+        self.basis[:count] = self.vectors(s[:, chosen])
+        self.H.zero_().diagonal()[:count] = values[chosen]
+        self.H[: len(coupling), locked:count] = coupling
+        self.held, self.rows, self.locked = residuals[chosen[:locked]], count, locked
+        self.turns += 1
 
     def _orthogonal(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``v`` less its part in the basis, and that part's coordinates."""

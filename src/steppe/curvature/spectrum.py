@@ -31,8 +31,8 @@ class Spectrum:
 
     def moment(self, p: int) -> tuple[float, float]:
         """Return ``tr(Aᵖ)/n`` and its standard error over the draws, nan for a single one."""
-        found = (self.weights * self.nodes**p).sum(1)
-        return float(found.mean()), float(found.std() / len(found) ** 0.5)
+        mean, error = _over_draws((self.weights * self.nodes**p).sum(1))
+        return float(mean), float(error)
 
     def density(self, grid: Tensor, width: float | None = None) -> tuple[Tensor, Tensor]:
         """Return the density with each point spread into a Gaussian, and its standard error over the draws.
@@ -45,7 +45,7 @@ class Spectrum:
         checks.positive(width=width)
         z = (grid.to(self.nodes)[:, None, None] - self.nodes) / width
         found = (self.weights * (-(z**2) / 2).exp()).sum(2) / (width * (2 * torch.pi) ** 0.5)
-        return found.mean(1), found.std(1) / found.shape[1] ** 0.5
+        return _over_draws(found)
 
     def plot(self, axes: Axes | None = None, *, width: float | None = None, label: str | None = None) -> Axes:
         """Draw the density on a logarithmic scale, with its standard error."""
@@ -68,6 +68,13 @@ class Spectrum:
 
     def _width(self) -> float:
         return float(self.nodes.max() - self.nodes.min()) / 100 or 1.0
+
+
+def _over_draws(found: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean over the last dimension and its standard error, nan for a single draw."""
+    draws = found.shape[-1]
+    spread = found.std(-1) if draws > 1 else torch.full_like(found[..., 0], torch.nan)
+    return found.mean(-1), spread / draws**0.5
 
 
 def spectrum(
@@ -112,7 +119,7 @@ def spectrum(
         for step in range(steps):
             progress((draw + step / steps) / draws)
             process.step()
-            if process.exhausted:
+            if process.beta <= process.rounding:
                 break
         values, _, coordinates = process.ritz()
         nodes[draw] = values[-1]
