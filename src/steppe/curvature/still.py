@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, TypeAlias
@@ -44,7 +45,8 @@ def still(model: nn.Module, chosen: Collection[Tensor], mode: Mode) -> Iterator[
         with ExitStack() as stack:
             stack.enter_context(rng.kept({p.device for p in model.parameters()}))
             stack.enter_context(caches.forgotten())
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            if "torch._dynamo" in sys.modules:  # else nothing was compiled, and importing it takes a second
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             model.train(mode == "train")
             if mode == "train":
