@@ -63,7 +63,7 @@ class Landscape:
     def plot(self, axes: Axes | None = None, *, label: str | None = None, value: Value = "loss") -> Axes:
         """Draw a curve with its spread over the draws, or contours; see `plot_landscapes` for several models.
 
-        The scale is logarithmic where the values span more than a factor of 100. What is not finite is a gap.
+        The scale is logarithmic where the values span more than a factor of 20. What is not finite is a gap.
 
         Args:
             axes: where to draw; a new figure by default. Call it again on the same axes to add another model.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's palette, told apart by all eyes; without its yellow, too pale on white."""
 DASHES = ("-", "--", ":", "-.")
-WIDE = 100.0
+WIDE = 20.0
 """A ratio of the largest value to the smallest, from which the scale is logarithmic."""
 BANDS = 24
 Array = NDArray[np.float64]
@@ -26,7 +26,7 @@ Array = NDArray[np.float64]
 def plot_landscapes(landscapes: Mapping[str, Landscape], axes: Axes | None = None, *, value: Value = "loss") -> Figure:
     """Draw the landscapes of several models: curves on one pair of axes, or maps side by side with one scale.
 
-    The scale is logarithmic where the values span more than a factor of 100. What is not finite is a gap.
+    The scale is logarithmic where the values span more than a factor of 20. What is not finite is a gap.
 
     Args:
         landscapes: the models' names and landscapes, all of one or all of two dimensions.

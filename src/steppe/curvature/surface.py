@@ -17,7 +17,7 @@ def write_surfaces(landscapes: Mapping[str, Landscape], path: str | Path, *, val
     """Write an HTML page with the surfaces of one or more models: turned by the mouse, shown and hidden by buttons.
 
     The script that draws is in the page, about 5 MB; nothing is fetched when it is opened. Heights are logarithmic
-    where the values span more than a factor of 100. What is not finite is a hole.
+    where the values span more than a factor of 20. What is not finite is a hole.
 
     Args:
         landscapes: the models' names and landscapes, all of two dimensions.
