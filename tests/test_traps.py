@@ -1,11 +1,11 @@
 """The traps that published implementations fell into, one short test each; what surrounds them is tested elsewhere.
 
-Trap 6 and 10 stand again in ``ranks/test_ddp.py``, where there are ranks; trap 15 in ``ranks/test_fsdp.py``. Trap 16 is
-AdaHessian's.
+Trap 6 and 10 stand again in ``ranks/test_ddp.py``, where there are ranks; trap 15 in ``ranks/test_fsdp.py``.
 """
 
 from __future__ import annotations
 
+import gc
 import io
 
 import pytest
@@ -242,3 +242,37 @@ def test_an_outer_autocast_or_a_cached_parametrization_would_hide_the_perturbati
     with nn.utils.parametrize.cached(), torch.autocast("cpu", torch.bfloat16):
         step(opt, model, (x.float(), y), losses)
     assert not torch.equal(*seen)
+
+
+@pytest.mark.parametrize("what", ["step", "curvature"])
+def test_trap_16_second_derivatives_leave_no_graph_behind_and_take_tensors_of_any_rank(what):
+    """A graph that ``backward(create_graph=True)`` hangs on ``.grad`` lives until the garbage collector finds it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(9, 2)).double()
+    assert {p.ndim for p in model.parameters()} == {1, 2, 3}
+    data = torch.randn(4, 2, 5).double(), torch.randint(2, (4,))
+    loss_fn = nets.losses
+    opt = wrap(model, "sam(second_order=True)")
+    objective = steppe.curvature.Objective(model, loss_fn, [data])
+    v = torch.randn(objective.size).double()
+
+    def run():
+        if what == "step":
+            step(opt, model, data)
+        else:
+            steppe.curvature.Operator(objective) @ v
+
+    def graphs():
+        return sum(issubclass(type(t), torch.Tensor) and t.grad_fn is not None for t in gc.get_objects())
+
+    run()
+    gc.collect()
+    gc.disable()
+    try:
+        before = graphs()
+        for _ in range(5):
+            run()
+        assert graphs() == before
+    finally:
+        gc.enable()
+    assert all(p.grad is None or p.grad.grad_fn is None for p in model.parameters())
