@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 from torch import Generator, Tensor
 
 from .. import checks, vec
 from ..vec import Vec
+from .axes import histogram
 from .objective import Objective
 from .part import finite
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Noise: TypeAlias = Literal["gaussian", "filter"]
 
@@ -34,6 +38,14 @@ class AverageSharpness:
     values: Tensor
     """The rise of each draw, float64 on the CPU, shape (draws,)."""
     passes: float
+
+    def plot(self, axes: Axes | None = None) -> Axes:
+        """Draw a histogram of the draws' rises, with their mean."""
+        axes = histogram(self.values, self.sharpness, self.error, axes)
+        kind, symbol = ("filter-wise", "γ") if self.noise == "filter" else ("Gaussian", "σ")
+        axes.set_xlabel(f"rise of the loss under {kind} noise, {symbol} = {self.deviation:g}")
+        axes.set_ylabel("draws")
+        return axes
 
 
 def average_sharpness(

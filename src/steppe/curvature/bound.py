@@ -5,11 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .. import checks, vec
+from .axes import given_or_new
 from .objective import Objective
 from .part import gathered
 from .sharpness import surrogate_gap
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,16 @@ class Bound:
     vacuous: bool
     """Whether the bound is at least 1: then it says nothing about a loss in [0, 1]."""
     passes: float
+
+    def plot(self, axes: Axes | None = None) -> Axes:
+        """Draw the two parts of the bound one upon the other, with a line where it becomes vacuous."""
+        axes = given_or_new(axes)
+        axes.bar(f"ρ = {self.rho:g}", self.perturbed, color="C0", label="loss at w + ε")
+        axes.bar(f"ρ = {self.rho:g}", self.complexity, bottom=self.perturbed, color="C1", label="complexity")
+        axes.axhline(1, color="black", linestyle="--", label="vacuous from here")
+        axes.set_ylabel(f"bound on the loss, with probability {100 * (1 - self.delta):g} %")
+        axes.legend()
+        return axes
 
 
 def pac_bayes(

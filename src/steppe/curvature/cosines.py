@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .. import checks
 from ..parts.select import Sharpest
+from .axes import given_or_new
 from .objective import Objective
 from .part import Part, estimate, finite, gathered
 from .sharpness import ascent
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,15 @@ class Cosines:
     values: Tensor
     """The three of each batch, float64 on the CPU, shape (batches, 3)."""
     passes: float
+
+    def plot(self, axes: Axes | None = None) -> Axes:
+        """Draw the three means with their standard errors."""
+        axes = given_or_new(axes)
+        axes.errorbar(range(3), [self.sharpest, self.flattest, self.random], yerr=self.errors, fmt="o", capsize=3)
+        axes.set_xticks(range(3), ["B⁺", "B⁻", "random"])
+        axes.set_xlabel(f"subset of the batch, γ = {self.gamma:g}")
+        axes.set_ylabel("cosine with the batch's gradient")
+        return axes
 
 
 def cosines(

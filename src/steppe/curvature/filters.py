@@ -23,6 +23,8 @@ class FilterNorms:
 
     norms: dict[str, Tensor]
     """‖w_k‖ of each parameter's filters by its name, float64 on the CPU, shape (filters,)."""
+    passes: float = 0.0
+    """Cost in gradients of the data: none."""
 
     @property
     def every(self) -> Tensor:

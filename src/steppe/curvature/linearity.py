@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .. import checks
+from .axes import histogram
 from .objective import Objective
 from .part import Part, estimate, finite, gathered
 from .sharpness import ascent
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,13 @@ class Linearity:
     values: Tensor
     """ζ of each batch, float64 on the CPU, shape (batches,)."""
     passes: float
+
+    def plot(self, axes: Axes | None = None) -> Axes:
+        """Draw a histogram of the batches' ζ, with their mean."""
+        axes = histogram(self.values, self.zeta, self.error, axes)
+        axes.set_xlabel(f"ζ, distance of the loss from linear, ρ = {self.rho:g}")
+        axes.set_ylabel("batches")
+        return axes
 
 
 def linearity(

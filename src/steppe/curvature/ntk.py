@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .. import checks
 from ..examples import extent, take
+from .axes import given_or_new
 from .objective import FORWARD, Objective
 from .products import cut
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,20 @@ class Kernel:
     def condition(self) -> float:
         """κ = λmax/λmin; infinite if the kernel is singular."""
         return math.inf if self.singular else float(self.eigenvalues[0] / self.eigenvalues[-1])
+
+    def plot(self, axes: Axes | None = None) -> Axes:
+        """Draw the eigenvalues in order on a logarithmic scale; of those not told from 0 the magnitude, hollow."""
+        axes = given_or_new(axes)
+        places, sizes = range(1, len(self.eigenvalues) + 1), self.eigenvalues.abs().tolist()
+        axes.plot(places[: self.rank], sizes[: self.rank], "o", color="C0", label=f"κ = {self.condition:.3g}")
+        if self.singular:
+            rest = places[self.rank :], sizes[self.rank :]
+            axes.plot(*rest, "o", color="C0", markerfacecolor="none", label="not told from 0")
+        axes.set_yscale("log", nonpositive="mask")
+        axes.set_xlabel("number")
+        axes.set_ylabel("eigenvalue of the kernel")
+        axes.legend()
+        return axes
 
 
 def ntk(

@@ -5,14 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .. import checks, vec
 from ..examples import extent
+from .axes import given_or_new, histogram
 from .objective import Objective
 from .part import Part, estimate, finite, gathered
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,19 @@ class SurrogateGap:
     """2(h − εᵀ∇L)/‖ε‖², the curvature along ε, so at most λmax to leading order; NaN for ε = 0."""
     passes: float
 
+    def plot(self, axes: Axes | None = None) -> Axes:
+        """Draw the loss at w and at w + ε with the tangent at w: what of the gap is slope, and what is curvature."""
+        axes = given_or_new(axes)
+        tangent, end = self.loss + self.slope, self.loss + self.gap
+        axes.plot([0, 1], [self.loss, tangent], linestyle="--", color="C0", label=f"slope: {self.slope:.3g}")
+        axes.vlines(1, tangent, end, color="C1", label=f"curvature: {self.gap - self.slope:.3g}")
+        axes.plot([0, 1], [self.loss, end], "o", color="black", label=f"gap: {self.gap:.3g}")
+        axes.set_xticks([0, 1], ["w", "w + ε"])
+        axes.set_xlabel(f"along the ascent, ρ = {self.rho:g}")
+        axes.set_ylabel("loss")
+        axes.legend()
+        return axes
+
 
 @dataclass(frozen=True)
 class MSharpness:
@@ -48,6 +66,13 @@ class MSharpness:
     values: Tensor
     """The rise of each group, float64 on the CPU, shape (groups,)."""
     passes: float
+
+    def plot(self, axes: Axes | None = None) -> Axes:
+        """Draw a histogram of the groups' rises, with their mean."""
+        axes = histogram(self.values, self.sharpness, self.error, axes)
+        axes.set_xlabel(f"rise of a group's loss, ρ = {self.rho:g}")
+        axes.set_ylabel(f"groups of {self.m}")
+        return axes
 
 
 def surrogate_gap(

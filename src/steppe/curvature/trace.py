@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from .. import checks
+from .axes import given_or_new
 from .matrix import Matrix, product, signs
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 AT_ONCE = 8
 """Vectors in a product: an operator runs a batch forward once for all of them."""
@@ -27,6 +31,14 @@ class Trace:
     """Products with the matrix."""
     passes: float
     """Their cost in gradients of the data."""
+
+    def plot(self, axes: Axes | None = None) -> Axes:
+        """Draw the estimate with its standard error over the products it took."""
+        axes = given_or_new(axes)
+        axes.errorbar(self.products, self.value, yerr=self.error, fmt="o", capsize=3)
+        axes.set_xlabel("products with the matrix")
+        axes.set_ylabel("trace")
+        return axes
 
 
 def trace(
