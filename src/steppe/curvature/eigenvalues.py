@@ -125,8 +125,7 @@ def eigenvalues(
         ValueError: if k is more than n or max_products, an argument is out of range, or a product is not finite.
 
     Cost:
-        The products it takes: for ``λmax`` of a network 6 to 11 at ``tol=1e-2`` and 7 to 14 at 1e-3; for the top five
-        12 to 33.
+        The products it takes: for ``λmax`` of a network at ``tol=1e-2`` some 6 to 9 (``benchmarks/curvature.py``).
 
     Source:
         Lanczos 1950; Wu and Simon 2000 (thick restart); Parlett 1980, "The symmetric eigenvalue problem", theorem
