@@ -2,7 +2,7 @@
 
 from importlib.metadata import version as _version
 
-from . import curvature, recipes
+from . import curvature, optim, recipes
 from .batch import Batch
 from .groups import norm_layers_only
 from .method import Method
@@ -58,6 +58,7 @@ __all__ = [
     "m_sharpness",
     "mixed_sam",
     "norm_layers_only",
+    "optim",
     "parse",
     "piecewise",
     "recipes",

@@ -13,6 +13,7 @@ from .batch import Batch
 from .closure import Closure
 from .method import Method
 from .point import Point
+from .second_order import SecondOrder
 from .stats import Stats
 from .vec import Vec
 from .wrapper import Wrapper
@@ -30,9 +31,20 @@ class Passes(Wrapper):
     stats: Stats
 
     def _direction(
-        self, at: Point, source: Source, second: Batch | None, rho: float | None, *, local: bool, reduce: bool
+        self,
+        at: Point,
+        source: Source,
+        second: Batch | None,
+        rho: float | None,
+        *,
+        share: float,
+        local: bool,
+        reduce: bool,
     ) -> list[Tensor]:
-        """Leave the method's direction on one source in ``.grad``, and return the mean losses of the passes."""
+        """Leave the method's direction on one source in ``.grad``, and return the mean losses of the passes.
+
+        ``share`` is the source's share of the step, for the base to weigh its curvature by.
+        """
         method, params, ranks = self.method, at.memory.params, source.ranks
         perturb, combine, select = method.perturb, method.combine, method.select
         for p in self.params():
@@ -44,15 +56,19 @@ class Passes(Wrapper):
         picked = self._picked(at, params) if rho and perturbed else None
         if not rho or not perturbed or picked == []:
             at.rho = rho if apart and rho else 0.0
-            loss = self._run(source, None, weight=weight).mean()
+            loss = self._run(source, None, weight=weight, look=share).mean()
             if rho is None:
                 self._combine(at, params, [p.grad for p in params], None, source, local)
             return [loss]
 
         at.rho = rho
         squares = self._squares(source, params, perturb.fisher_examples(at.step))
+        early, late = (share, 0.0) if isinstance(self.base, SecondOrder) and self.base.at == "weights" else (0.0, share)
         first = method.needs_first and not apart
-        before = self._run(source, picked, reduce=not local) if first else None
+        before = self._run(source, picked, reduce=not local, look=early) if first else None
+        looked = not first and self._looks(early)
+        if looked:
+            before = self._run(source, [], look=early)
         slopes = _take(params, copy=ranks.shared_buffers and combine.needs_g0)
         radii = groups.radii(self.base.param_groups)
         if combine.needs_product and set(radii.values()) - {rho}:
@@ -93,9 +109,9 @@ class Passes(Wrapper):
                 rise = source.losses() - before
                 self.stats.count(source.size, backward=0)
                 rows, weight = (select(rise), 1.0) if local else ranks.choose(select, rise)
-            again = method.needs_first
+            again = looked or method.needs_first
             whole = reduce and not (local and combine.needs_g0)
-            after = self._run(second or source, None, rows=rows, again=again, reduce=whole, weight=weight)
+            after = self._run(second or source, None, rows=rows, again=again, reduce=whole, weight=weight, look=late)
             taken = _take(params)
         at.w = []
         del home
@@ -187,16 +203,33 @@ class Passes(Wrapper):
         again: bool = False,
         reduce: bool = True,
         weight: float = 1.0,
+        look: float = 0.0,
     ) -> Tensor:
-        """Run one pass, count it, and return the losses."""
-        losses = source.backward(picked, rows=rows, again=again, reduce=reduce, weight=weight, scaler=self._active())
-        share = 1.0
-        if picked is not None:
-            share = sum(p.numel() for p in picked) / sum(p.numel() for p in self.trainable())
-            if reduce and not source.ranks.sharded:
-                source.ranks.mean_gradients(picked)
-        self.stats.count(source.size if rows is None else len(rows), share=share, backward=int(share > 0))
+        """Run one pass, count it, and return the losses.
+
+        ``look`` is the share of the step for which the base sees its curvature in this pass, if it is due.
+        """
+        scaler = self._active()
+        size = source.size if rows is None else len(rows)
+        share = sum(p.numel() for p in picked) / sum(p.numel() for p in self.trainable()) if picked is not None else 1.0
+        if self._looks(look):
+            assert isinstance(self.base, SecondOrder)
+            assert isinstance(source, Batch)
+            losses = self.base.backward(
+                source, picked, share=look, rows=rows, again=again, reduce=reduce, weight=weight, scaler=scaler
+            )
+            self.stats.count(size)
+            self.stats.count(size, forward=self.base.extra[0], backward=self.base.extra[1])
+            return losses
+        losses = source.backward(picked, rows=rows, again=again, reduce=reduce, weight=weight, scaler=scaler)
+        if picked is not None and reduce and not source.ranks.sharded:
+            source.ranks.mean_gradients(picked)
+        self.stats.count(size, share=share, backward=int(share > 0))
         return losses
+
+    def _looks(self, share: float) -> bool:
+        """Whether the base sees its curvature in a pass that has such a share of the step."""
+        return share > 0 and isinstance(self.base, SecondOrder) and self.base.is_due()
 
     def _active(self) -> torch.amp.GradScaler | None:
         """Return the scaler, if it is one that scales."""

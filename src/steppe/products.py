@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import rng, vec
@@ -14,32 +14,81 @@ from .batch import Batch
 from .vec import Vec
 
 
-def hessian_product(batch: Batch, params: Vec, direction: Vec, scaler: torch.amp.GradScaler | None = None) -> Vec:
-    """Return the Hessian of the scaled mean loss times ``direction``: double backward, the math attention kernel.
+def with_products(
+    batch: Batch,
+    params: Vec,
+    directions: Sequence[Vec],
+    *,
+    rows: Tensor | None = None,
+    again: bool = False,
+    weight: float = 1.0,
+    scaler: torch.amp.GradScaler | None = None,
+) -> tuple[Tensor, list[Tensor | None], list[Vec]]:
+    """Return losses, gradient and Hessian products of the scaled mean loss: one graph, the math attention kernel.
+
+    Args:
+        batch: the examples.
+        params: the tensors to differentiate by.
+        directions: of the products, aligned with ``params``.
+        rows: examples to take, shape (n,); None for all.
+        again: whether this repeats a pass: statistics held, random numbers replayed.
+        weight: factor of the loss.
+        scaler: scales the loss.
+
+    Returns:
+        Losses of the examples taken, detached; the gradient, fresh tensors, None for those that take no part; the
+        products, a list for each direction. They are the rank's own.
 
     Raises:
         ValueError: if the model is sharded.
 
     Cost:
-        3 propagations.
+        A propagation, and 2 for each direction.
     """
     if batch.ranks.sharded:
-        raise ValueError("a sharded model has no Hessian-vector product: leave the second-order term out")
-    total = [torch.zeros_like(p) for p in params]
+        raise ValueError("a sharded model has no Hessian-vector product: leave what needs it out")
+    size, found = batch.size if rows is None else len(rows), []
+    gradient: list[Tensor | None] = [None] * len(params)
+    products = [[torch.zeros_like(p) for p in params] for _ in directions]
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled graphs have no double backward
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(batch.running(True))
+        begin = stack.enter_context(batch.running(again, rows))
         stack.enter_context(batch.ranks.reducing(False))
-        for data, count in batch.chunks():
-            loss = batch.losses_of(data, count).sum() / batch.size
+        for i, (data, count) in enumerate(batch.chunks(rows)):
+            begin(i)
+            losses = batch.losses_of(data, count)
+            loss = losses.sum() * (weight / size)
             loss = loss if scaler is None else scaler.scale(loss)
-            slopes = torch.autograd.grad(loss, params, create_graph=True, materialize_grads=True)
-            along = torch.stack([(g * v).sum() for g, v in zip(slopes, direction, strict=True)]).sum()
-            if along.requires_grad:
-                vec.add_(total, torch.autograd.grad(along, params, materialize_grads=True))
-    return total
+            slopes = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+            curved = [j for j, slope in enumerate(slopes) if slope is not None and slope.requires_grad]
+            roots = [slopes[j] for j in curved]
+            for number, (direction, product) in enumerate(zip(directions, products, strict=True)):
+                if curved:
+                    along, keep = [direction[j] for j in curved], number + 1 < len(directions)
+                    further = torch.autograd.grad(roots, params, along, retain_graph=keep, materialize_grads=True)  # type: ignore[arg-type]
+                    vec.add_(product, further)
+            for j, (p, slope) in enumerate(zip(params, slopes, strict=True)):
+                if slope is not None:
+                    gradient[j] = _plus(gradient[j], slope.detach(), p)
+            found.append(losses.detach())
+            del losses, loss, slopes, roots
+    return torch.cat(found), gradient, products
+
+
+def _plus(total: Tensor | None, slope: Tensor, p: Tensor) -> Tensor:
+    """Return the sum, laid out as the parameter and sharing memory with nothing."""
+    return torch.empty_like(p).copy_(slope) if total is None else total.add_(slope)
+
+
+def hessian_product(batch: Batch, params: Vec, direction: Vec, scaler: torch.amp.GradScaler | None = None) -> Vec:
+    """Return the Hessian of the scaled mean loss times ``direction``; see ``with_products``.
+
+    Cost:
+        3 propagations.
+    """
+    return with_products(batch, params, [direction], again=True, scaler=scaler)[2][0]
 
 
 def squared_gradients(batch: Batch, params: Vec, count: int) -> Vec:

@@ -20,6 +20,7 @@ from .method import Method
 from .passes import Passes, Source
 from .point import Memory, Point
 from .ranks import Ranks
+from .second_order import SecondOrder
 from .stats import Stats
 from .vec import Vec
 from .wrapper import refuse_complex
@@ -98,6 +99,9 @@ class SharpnessAware(Passes):
             method.check_groups('ascent="local" gives each rank its own ε')
         if self.split:
             split.check(method)
+            if isinstance(self.base, SecondOrder):
+                raise ValueError(f"split=True leaves each rank one pass of the two, and {type(self.base).__name__} "
+                                 "would see half of its curvature: leave split out")  # fmt: skip
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -124,6 +128,8 @@ class SharpnessAware(Passes):
             self.base.step()  # so torch.distributed.checkpoint has the state made
             return torch.zeros(())
         source = self._source(closure, second)
+        if isinstance(self.base, SecondOrder):
+            self.base.begin()
         method, ranks, params = self.method, source.ranks, self.trainable()
         rho = method.when(self._point([], 0))
         local = ranks.ddp is not None and (self.ascent == "local" or method.m is not None)
@@ -134,8 +140,8 @@ class SharpnessAware(Passes):
         seen: list[Tensor] = []
         for number, part in enumerate(parts):
             at = self._point(params, ranks.rank * len(parts) + number if local else number)
-            means = self._direction(at, part, second, rho, local=local, reduce=not late)
             weight = part.size / source.size
+            means = self._direction(at, part, second, rho, share=weight, local=local, reduce=not late)
             firsts.append(weight * means[0])
             seen += means
             for p in params if len(parts) > 1 else []:
@@ -207,6 +213,8 @@ class SharpnessAware(Passes):
         reason = None
         if self.method.needs_examples:
             reason = f"{self.method!r} looks at single examples or at the model, which a bare closure hides"
+        elif isinstance(self.base, SecondOrder):
+            reason = f"{type(self.base).__name__} looks at the curvature, which a bare closure hides"
         elif self.scaler is not None:
             reason = "a bare closure hides whether its loss is scaled"
         elif self.ascent == "local" or self.split:
