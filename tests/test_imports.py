@@ -33,7 +33,7 @@ MAY = {
     "method": {"point", "checks"},
     "stats": {"method"},
     "split": {"method"},
-    "second_order": {"batch", "checks", "vec", "wrapper"},
+    "second_order": {"batch", "checks", "method", "vec", "wrapper"},
     "parts": {"point", "vec", "checks", "parts"},
     "recipes": {"method", "parts", "point", "checks", "recipes"},
     "text": {"recipes", "method"},

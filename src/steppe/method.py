@@ -123,13 +123,14 @@ class Method:
         sharp += (self.perturb.passes - 1) * (1 - (1 - self.perturb.share) / 3)
         if self.select is not None and self.select.needs_rise:
             sharp += FORWARD
-        sharp += self._second_share(batch_size)
+        sharp += self.second_share(batch_size)
         sharp += PRODUCT if self.combine.needs_product else 0
         share = self.when.share(total_steps)
         extra = self.perturb.extra(batch_size, total_steps)
         return share * (sharp + extra) + (1 - share)
 
-    def _second_share(self, batch_size: int) -> float:
+    def second_share(self, batch_size: int) -> float:
+        """Return the share of a batch that pass two sees."""
         if self.select is None:
             return 1.0
         whole, rest = divmod(batch_size, self.m or batch_size)

@@ -14,6 +14,7 @@ from torch.optim.optimizer import ParamsT
 
 from . import checks, vec
 from .batch import Batch
+from .method import Method
 from .vec import Vec
 from .wrapper import refuse_complex
 
@@ -40,6 +41,8 @@ class SecondOrder(Optimizer):
         ValueError: if ``at`` is unknown, or a parameter is complex.
     """
 
+    n: int = 1
+    """Steps from one look at the curvature to the next."""
     takes_closure = False
     """Whether a closure that returns the loss is enough; else the model is needed."""
 
@@ -54,7 +57,7 @@ class SecondOrder(Optimizer):
 
     def is_due(self) -> bool:
         """Whether the step to come looks at the curvature."""
-        raise NotImplementedError
+        return self.steps % self.n == 0
 
     def backward(
         self,
@@ -100,6 +103,23 @@ class SecondOrder(Optimizer):
     def cost(self) -> float:
         """Return the expected propagations of a step alone; a method adds ``method.cost() − 1`` to it."""
         raise NotImplementedError
+
+    def cost_under(self, method: Method, batch_size: int = 128, total_steps: int | None = None) -> float:
+        """Return the expected propagations of a step of ``SharpnessAware(self, method)``.
+
+        ``method.cost()``, and what the curvature costs beyond a gradient, on the examples of the pass that sees it.
+
+        Args:
+            method: the method around this optimizer.
+            batch_size: as in ``method.cost``.
+            total_steps: as in ``method.cost``.
+        """
+        sharp, extra = method.when.share(total_steps), self.cost() - 1
+        plain = method.cost(batch_size, total_steps)
+        if self.at == "perturbed":
+            return plain + extra * (1 - sharp + sharp * method.second_share(batch_size))
+        unpaid = (1 - method.perturb.share) / 3 if method.needs_first else 1.0
+        return plain + extra + sharp * unpaid / self.n
 
     def begin(self) -> None:
         """Begin a step that another runs: the next ``step`` takes ``.grad`` as it is, and what ``backward`` saw."""
