@@ -5,7 +5,16 @@ import pytest
 from steppe.lab.components import components
 from steppe.lab.models import NAMES, build
 
-WIDTHS = {"resnet18": 4, "vgg16": 4, "wrn-16-8": 1, "wrn-28-10": 1, "pyramidnet-110": 10, "vit": 64, "mixer": 16}
+WIDTHS = {
+    "resnet18": 4,
+    "resnet20": 4,
+    "vgg16": 4,
+    "wrn-16-8": 1,
+    "wrn-28-10": 1,
+    "pyramidnet-110": 10,
+    "vit": 64,
+    "mixer": 16,
+}
 
 
 def cut(name):

@@ -8,6 +8,7 @@ from steppe.lab.models import NAMES, build
 TINY = {  # the narrowest width that still shows every part of the network, and a small image
     "cnn": (2, 8),
     "resnet18": (2, 16),
+    "resnet20": (2, 8),
     "vgg16": (2, 32),
     "wrn-16-8": (1, 8),
     "wrn-28-10": (1, 8),
@@ -28,7 +29,8 @@ def parameters(name, **options):
         return sum(p.numel() for p in build(name, **options).parameters())
 
 
-# resnet18: the CIFAR form of He et al. 2016, 11.17 M. vgg16: configuration D of Simonyan & Zisserman 2015,
+# resnet18: the CIFAR form of He et al. 2016, 11.17 M. resnet20: 0.27 M there, with shortcuts that have no weights;
+# 1×1 convolutions and their BatchNorm add 2,752 to its 269,722. vgg16: configuration D of Simonyan & Zisserman 2015,
 # whose 13 convolutions have 14,714,688 parameters, with 2·4,224 of BatchNorm and 5,130 of the linear layer.
 # wrn: 11.0 M and 36.5 M in Zagoruyko & Komodakis 2016. pyramidnet: α / 54 = 5 is whole, so how channels are
 # rounded plays no part; imgclsmob counts the same, Han et al. 2017 print 28.3 M.
@@ -36,6 +38,7 @@ def parameters(name, **options):
     ("name", "count"),
     [
         ("resnet18", 11_173_962),
+        ("resnet20", 269_722 + 2_752),
         ("vgg16", 14_714_688 + 2 * 4_224 + 5_130),
         ("wrn-16-8", 10_961_370),
         ("wrn-28-10", 36_479_194),
@@ -156,7 +159,7 @@ def test_vit_attends_to_where_the_patches_are():
     assert not torch.allclose(network(images), network(images.flip(3).flip(2)))
 
 
-@pytest.mark.parametrize(("asked", "near"), [("resnet", "resnet18"), ("WRN-28-10", "wrn-28-10"), ("ViT-Ti", "vit")])
+@pytest.mark.parametrize(("asked", "near"), [("resnet-18", "resnet18"), ("WRN-28-10", "wrn-28-10"), ("ViT-Ti", "vit")])
 def test_unknown_name_lists_the_names_and_the_nearest(asked, near):
     with pytest.raises(ValueError, match=f"did you mean '{near}'") as error:
         build(asked)

@@ -7,7 +7,7 @@ from torch import nn
 
 __all__ = ["components"]
 
-STAGES = {"resnet18": 4, "wrn-16-8": 3, "wrn-28-10": 3, "pyramidnet-110": 3}
+STAGES = {"resnet18": 4, "resnet20": 3, "wrn-16-8": 3, "wrn-28-10": 3, "pyramidnet-110": 3}
 
 
 def components(name: str, model: nn.Module) -> Mapping[str, str]:
@@ -34,7 +34,11 @@ def components(name: str, model: nn.Module) -> Mapping[str, str]:
         blocks = [f"blocks.{k}" for k in range(len(list(model.get_submodule("blocks").children())))]
         deep = len(blocks) // STAGES[name]
         stages = [blocks[start : start + deep] for start in range(0, len(blocks), deep)]
-        stem, head = (["stem", "norm"], ["head"]) if name == "resnet18" else (["stem", "stem_norm"], ["norm", "head"])
+        stem, head = (
+            (["stem", "norm"], ["head"])
+            if name in ("resnet18", "resnet20")
+            else (["stem", "stem_norm"], ["norm", "head"])
+        )
         return {"stem": _any(stem), **_numbered("stage", stages), "head": _any(head)}
     if name == "vgg16":
         stages = _split(model.get_submodule("features"), nn.MaxPool2d, "features.")

@@ -9,7 +9,7 @@ from torch import nn
 from steppe.lab.models.cnn import CNN
 from steppe.lab.models.mixer import Mixer
 from steppe.lab.models.pyramidnet import PyramidNet
-from steppe.lab.models.resnet import ResNet18
+from steppe.lab.models.resnet import ResNet18, ResNet20
 from steppe.lab.models.vgg import VGG16
 from steppe.lab.models.vit import ViT
 from steppe.lab.models.wrn import WideResNet
@@ -19,6 +19,7 @@ __all__ = ["NAMES", "build"]
 _NETWORKS: dict[str, tuple[Callable[..., nn.Module], int]] = {  # with the smallest image side, in pixels
     "cnn": (CNN, 4),
     "resnet18": (ResNet18, 8),
+    "resnet20": (ResNet20, 4),
     "vgg16": (VGG16, 32),
     "wrn-16-8": (partial(WideResNet, depth=16, width=8), 4),
     "wrn-28-10": (partial(WideResNet, depth=28, width=10), 4),
@@ -38,7 +39,7 @@ def build(name: str, *, classes: int = 10, channels: int = 3, size: int = 32, wi
         channels: channels of the images.
         size: side of the images in pixels.
         width: the network's own measure of width; None takes its default. Channels of the first stage for
-            cnn (16), resnet18 (64) and vgg16 (64); the widening factor for wrn-16-8 (8) and wrn-28-10 (10);
+            cnn (16), resnet18 (64), resnet20 (16) and vgg16 (64); the widening factor for wrn-16-8 (8) and wrn-28-10 (10);
             the widening α for pyramidnet-110 (270); dimensions of a token for vit (192, in multiples of 64)
             and mixer (512, even).
 
