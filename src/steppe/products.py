@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import rng, vec
+from . import once, rng, vec
 from .batch import Batch
+from .twice import Twice
 from .vec import Vec
 
 
@@ -40,7 +41,7 @@ def with_products(
         products, a list for each direction. They are the rank's own.
 
     Raises:
-        ValueError: if the model is sharded.
+        ValueError: if the model is sharded, or the loss is not twice differentiable.
 
     Cost:
         A propagation, and 2 for each direction.
@@ -52,13 +53,16 @@ def with_products(
     products = [[torch.zeros_like(p) for p in params] for _ in directions]
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(once.in_words())
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled graphs have no double backward
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(Twice())
         begin = stack.enter_context(batch.running(again, rows))
         stack.enter_context(batch.ranks.reducing(False))
         for i, (data, count) in enumerate(batch.chunks(rows)):
             begin(i)
             losses = batch.losses_of(data, count)
+            once.refuse([losses])
             loss = losses.sum() * (weight / size)
             loss = loss if scaler is None else scaler.scale(loss)
             slopes = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+Job: TypeAlias = tuple[float, torch.device, Callable[[], dict[str, Tensor]]]
+"""A price, the device of the results, and what makes them."""
 
 
 class Ranks:
@@ -148,6 +151,49 @@ class Ranks:
                 if share and p.grad is None:
                     p.grad = torch.zeros_like(p)
         self.mean_([p.grad for p in params if p.grad is not None])
+
+    def share_out(self, jobs: Sequence[Job]) -> list[dict[str, Tensor]]:
+        """Run each job on one rank, those of the largest price first where least is to be done, and share the results.
+
+        Args:
+            jobs: the same on all ranks.
+
+        Returns:
+            What each of them returned, to the bit the same on all ranks.
+
+        Raises:
+            ValueError: on all ranks, if a job raised it on one.
+        """
+        if self.world == 1:
+            return [run() for _, _, run in jobs]
+        self.check_by_hand()
+        loads, owners = [0.0] * self.world, [0] * len(jobs)
+        for i in sorted(range(len(jobs)), key=lambda i: -jobs[i][0]):
+            owners[i] = loads.index(min(loads))
+            loads[owners[i]] += jobs[i][0]
+        mine: dict[int, dict[str, Tensor]] = {}
+        failure = None
+        try:
+            mine = {i: jobs[i][2]() for i, owner in enumerate(owners) if owner == self.rank}
+        except ValueError as error:
+            failure = str(error)
+        shapes = {i: {name: (t.shape, t.dtype) for name, t in found.items()} for i, found in mine.items()}
+        everyone: list[Any] = [None] * self.world
+        dist.all_gather_object(everyone, (failure, shapes), group=self._group)
+        for failure, _ in everyone:
+            if failure is not None:
+                raise ValueError(failure)
+        results = []
+        for i, owner in enumerate(owners):
+            source = owner if self._group is None else dist.get_global_rank(self._group, owner)
+            found = {}
+            for name, (shape, dtype) in everyone[owner][1][i].items():
+                found[name] = (
+                    mine[i][name].contiguous() if i in mine else torch.empty(shape, dtype=dtype, device=jobs[i][1])
+                )
+                dist.broadcast(found[name], source, group=self._group)
+            results.append(found)
+        return results
 
     def choose(self, select: Callable[[Tensor], Tensor], rise: Tensor) -> tuple[Tensor, float]:
         """Select among the examples of all ranks.

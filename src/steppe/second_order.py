@@ -52,6 +52,8 @@ class SecondOrder(Optimizer):
         self.at, self.seed = at, seed
         self.extra = (0.0, 0.0)
         """Passes forward and backward, per example, that the last ``backward`` ran beyond those of a gradient."""
+        self.late = 0.0
+        """Gradients of single examples, in cost, that the last ``update`` ran."""
         self._handed = False
         refuse_complex(self.trainable())
 

@@ -39,7 +39,7 @@ class Stats:
         """Propagations a step: 1 is a forward and a backward pass over the batch, the forward pass ⅓ of it."""
         return FORWARD * (self.forward + 2 * self.backward) / max(1, self.examples)
 
-    def count(self, examples: int, *, share: float = 1.0, forward: float = 1, backward: float = 1) -> None:
+    def count(self, examples: float, *, share: float = 1.0, forward: float = 1, backward: float = 1) -> None:
         """Add ``forward`` forward and ``backward`` backward passes over so many examples."""
         self.forward += forward * examples
         self.backward += backward * examples * (1 + share) / 2

@@ -157,6 +157,8 @@ class SharpnessAware(Passes):
             at.memory.commit()
             self.stats.steps += 1
             self.stats.sharp += at.rho > 0
+            if isinstance(self.base, SecondOrder):
+                self.stats.count(self.base.late)
         else:
             self.stats.skipped += 1
         self._left = Left(params)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import nets
+from steppe import curvature
 from steppe.curvature.objective import Objective
 from steppe.curvature.operator import Operator
 
@@ -66,3 +68,42 @@ def drawn(seed: int) -> Tensor:
     B = Operator(Objective(model, nets.losses, same), "fisher", draws=1, seed=seed)
     v = torch.ones(A.size, dtype=torch.float64)
     return torch.stack([A @ v, B @ v])
+
+
+MEASUREMENTS: dict[str, Callable[[Objective], Any]] = {
+    "loss": lambda one: one.loss(),
+    "gradient": lambda one: one.gradient(),
+    "products": lambda one: Operator(one, reuse=True) @ torch.ones(one.size, dtype=torch.float64),
+    "eigenvalues": lambda one: curvature.eigenvalues(Operator(one), 1),
+    "trace": lambda one: curvature.trace(Operator(one), 6),
+    "gap": curvature.surrogate_gap,
+    "groups": lambda one: curvature.m_sharpness(one, 0.1, 2),
+    "noise": lambda one: curvature.average_sharpness(one, draws=2),
+    "linearity": curvature.linearity,
+    "cosines": curvature.cosines,
+    "bound": curvature.pac_bayes,
+    "kernel": curvature.ntk,
+    "activity": curvature.active_neurons,
+    "landscape": lambda one: curvature.landscape(one, dims=1, directions="adversarial", points=3),
+}
+
+
+def failing() -> dict[str, str]:
+    """What each measurement says where a loss on rank 1 alone is not finite; then it is measured in peace."""
+    model, (x, y) = nets.mlp()
+    model.insert(2, torch.nn.ReLU())
+    bad = torch.tensor([dist.get_rank() == 1])
+
+    def loss_fn(model: Any, batch: nets.Data) -> Tensor:
+        return nets.losses(model, batch) + torch.where(bad & (batch[0] == x[5]).all(1), torch.nan, 0.0)
+
+    one, said = Objective(model, loss_fn, [(x[:4], y[:4]), (x[4:7], y[4:7])], group=dist.group.WORLD), {}
+    for name, measure in MEASUREMENTS.items():
+        try:
+            measure(one)
+        except ValueError as error:
+            said[name] = str(error)
+    bad[:] = False
+    for measure in MEASUREMENTS.values():
+        measure(one)
+    return said

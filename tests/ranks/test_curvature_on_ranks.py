@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from curvature_work import alone, drawn, share, together
+from curvature_work import MEASUREMENTS, alone, drawn, failing, share, together
 from launch import launch
 
 
@@ -34,3 +34,12 @@ def test_ranks_draw_labels_of_their_own():
     assert torch.equal(whole, again)
     assert torch.equal(mine, other)  # the same seed, data and place: the same labels
     assert not torch.allclose(whole, mine)  # rank 1 of two draws others than rank 0 has
+
+
+def test_what_fails_on_one_rank_fails_on_all():
+    """Rank 1 alone has a loss that is not finite. Nobody waits for it, and the ranks stay in step."""
+    first, second = launch(2, failing, seconds=60)
+    assert first.keys() == second.keys() == set(MEASUREMENTS)
+    for name in MEASUREMENTS:
+        assert first[name] == "the measurement fails on another rank: its own error says why", name
+        assert second[name].startswith("the loss is nan in batch 1"), name

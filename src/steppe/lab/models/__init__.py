@@ -39,9 +39,9 @@ def build(name: str, *, classes: int = 10, channels: int = 3, size: int = 32, wi
         channels: channels of the images.
         size: side of the images in pixels.
         width: the network's own measure of width; None takes its default. Channels of the first stage for
-            cnn (16), resnet18 (64), resnet20 (16) and vgg16 (64); the widening factor for wrn-16-8 (8) and wrn-28-10 (10);
-            the widening α for pyramidnet-110 (270); dimensions of a token for vit (192, in multiples of 64)
-            and mixer (512, even).
+            cnn (16), resnet18 (64), resnet20 (16) and vgg16 (64); the widening factor for wrn-16-8 (8) and
+            wrn-28-10 (10); the widening α for pyramidnet-110 (270); dimensions of a token for vit (192, in
+            multiples of 64) and mixer (512, even).
 
     Raises:
         ValueError: if the name is unknown, a number is not positive, the image is too small for the network,
