@@ -129,7 +129,9 @@ def _run(command: "Command", line: str) -> int:
 
     from steppe.lab.study import configure, perform
 
-    (run,) = perform([[configure(_only(command, Setting), command.method, command.seed)]], command.out)
+    (run,) = perform(
+        [[configure(_only(command, Setting), command.method, command.seed, base=command.base)]], command.out
+    )
     console.print_json(data=run.result)
     console.print(f"written to {run.folder}")
     return _status([run])
@@ -140,7 +142,7 @@ def _compare(command: "Compare", line: str, console: "Console") -> int:
     from steppe.lab.report import write_report
     from steppe.lab.study import compare
 
-    runs = compare(_only(command, Setting), command.methods, command.seeds, command.out, command.jobs)
+    runs = compare(_only(command, Setting), command.methods, command.seeds, command.out, command.jobs, command.base)
     further = columns(runs) if command.sharpness else None
     console.print(write_report(runs, command.out, line, further))
     console.print(f"written to {command.out / 'report.md'}")
@@ -150,7 +152,7 @@ def _compare(command: "Compare", line: str, console: "Console") -> int:
 def _tune(command: "Tune", line: str, console: "Console") -> int:
     from steppe.lab.tune import tune, write_choice
 
-    candidates = tune(_only(command, Setting), command.grids, command.seeds, command.out, command.jobs)
+    candidates = tune(_only(command, Setting), command.grids, command.seeds, command.out, command.jobs, command.base)
     console.print(write_choice(candidates, command.out, line))
     console.print(f"written to {command.out / 'tuned.md'}")
     return 0 if all(candidate.accuracy for candidate in candidates) else FAILED

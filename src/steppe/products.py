@@ -56,7 +56,6 @@ def with_products(
         stack.enter_context(once.in_words())
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled graphs have no double backward
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(Twice())
         begin = stack.enter_context(batch.running(again, rows))
         stack.enter_context(batch.ranks.reducing(False))
         for i, (data, count) in enumerate(batch.chunks(rows)):

@@ -21,7 +21,7 @@ def finished(out, method, seed, accuracy, seconds, **result):
 
 @pytest.fixture
 def study(tmp_path):
-    failed = Run(Config(method="sam(rho=9.0)", seed=1), tmp_path)
+    failed = Run(Config(method="sam(rho=9.0)", seed=1, epochs=2), tmp_path)
     failed.result = {"failed": "epoch 1: the loss is nan"}
     return [
         finished(tmp_path, "sam(rho=9.0)", 0, 0.85, (4.0, 60.0)),
@@ -56,8 +56,8 @@ def test_report_files(study, tmp_path):
     write_report(study, tmp_path, "steppe compare --seeds 2")
     text = (tmp_path / "report.md").read_text()
     lines = text.splitlines()
-    assert "| sam(rho=9.0) | 85.00 | 1 (1 failed) | +5.00 | 2.00 | 2.50 | 3.4 |" in lines
-    assert any(line.startswith("| sgd() | 82.00 ± 25.41 | 2 | — | 1.00 | 1.00 | 3.4 |") for line in lines)
+    assert "| sam(rho=9.0) | sgd | 85.00 | 1 (1 failed) | +5.00 | 2.00 | 2.50 | 3.4 |" in lines
+    assert any(line.startswith("| sgd() | sgd | 82.00 ± 25.41 | 2 | — | 1.00 | 1.00 | 3.4 |") for line in lines)
     assert "- failed: sam(rho=9.0) seed 1: epoch 1: the loss is nan" in lines
     assert "    steppe compare --seeds 2" in lines
     assert "(report.png)" in text
@@ -79,7 +79,7 @@ def test_a_report_of_nothing_but_failures(tmp_path):
     failed.result = {"failed": "the loss is nan"}
     write_report([failed], tmp_path, "steppe compare")
     text = (tmp_path / "report.md").read_text()
-    assert "| sgd() | failed | 0 | — | — | — | — |" in text
+    assert "| sgd() | sgd | failed | 0 | — | — | — | — |" in text
     assert "png" not in text
 
 

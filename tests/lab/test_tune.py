@@ -51,4 +51,4 @@ def test_the_best_of_each_grid_is_chosen_on_the_validation_split(tmp_path):
 def test_a_candidate_that_fails_is_never_the_best(tmp_path):
     candidates = tune(TINY, ["gsam(rho={1e30,0.1})"], 1, tmp_path)
     assert [(candidate.accuracy is None, candidate.best) for candidate in candidates] == [(True, False), (False, True)]
-    assert "failed" in str(write_choice(candidates, tmp_path, "").columns[1]._cells)
+    assert "failed" in str(write_choice(candidates, tmp_path, "").columns[2]._cells)

@@ -1,4 +1,4 @@
-"""The list of the methods, read from the recipes' own signatures and docstrings."""
+"""The list of the methods, read from the recipes' own signatures and docstrings, and that of the bases."""
 
 import inspect
 import re
@@ -8,13 +8,25 @@ from rich.padding import Padding
 from rich.text import Text
 
 import steppe
+from steppe.lab.bases import BASES, write
+from steppe.lab.presets import base_preset
 
 __all__ = ["catalogue"]
 
 
 def catalogue() -> Group:
-    """Signature, first line, equation, cost and source of each recipe, for the terminal."""
-    return Group(*(part for name in steppe.recipes.__all__ for part in _entry(name)))
+    """Signature, first line, equation, cost and source of each recipe, and of each base, for the terminal."""
+    methods = [part for name in steppe.recipes.__all__ for part in _entry(name)]
+    return Group(
+        *methods, Text("Bases, with their values on the digits:\n"), *(part for name in BASES for part in _base(name))
+    )
+
+
+def _base(name: str) -> list[Text | Padding]:
+    base = BASES[name]
+    values = {key: f"{value:g}" for key, value in base_preset("digits", name).items()}
+    body = f"{base.update}\nCost: {base.cost}\nSource: {base.source}"
+    return [Text(write(name, values), style="bold"), Padding(Text(body), (0, 0, 1, 4))]
 
 
 def _entry(name: str) -> list[Text | Padding]:

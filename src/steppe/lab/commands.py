@@ -15,21 +15,24 @@ __all__ = ["Command", "Compare", "Landscape", "Measure", "Methods", "Train", "Tu
 
 @dataclass(frozen=True)
 class Compare(Setting):
-    """Compare methods over seeds: test accuracy, cost, time and memory, in a table and in pictures.
+    """Compare methods, on one base or several, over seeds: accuracy, cost, time and memory, in a table and in pictures.
 
-    All methods of a seed see the same initial weights, batches, augmentation and label noise. A command that
+    All runs of a seed see the same initial weights, batches, augmentation and label noise. A command that
     was interrupted goes on where it stopped when it is given again.
 
     For instance:
 
         steppe compare
         steppe compare --methods sgd sam "rst(esam(rho=0.4), p=0.5)" --seeds 3
+        steppe compare --methods sgd sam --base sgd adamw "kfac(lr=0.03, damping=0.01)"
         steppe compare --data data/cifar10 --model wrn-16-8 --epochs 200 --out runs/wrn
         steppe compare --data data/cifar10 --help
     """
 
     methods: tuple[str, ...] = METHODS
     """Expressions of the methods, see `steppe methods`. They are held against sgd, or else the first."""
+    base: tuple[str, ...] = ("sgd",)
+    """Expressions of the optimizers that take the step; every method runs on each, held against sgd on the first."""
     seeds: int = 5
     """Number of seeds."""
     out: Path = Path("runs")
@@ -44,16 +47,19 @@ class Compare(Setting):
 
 @dataclass(frozen=True)
 class Train(Setting):
-    """Train one network with one method and one seed.
+    """Train one network with one method, one base and one seed.
 
     For instance:
 
         steppe train --method "sam(rho=0.6)"
+        steppe train --method sam --base "adamw(lr=0.003)"
         steppe train --method esam --data data/cifar10 --seed 3
     """
 
     method: str = "sgd"
     """Expression of the method, as `steppe methods` lists them."""
+    base: str = "sgd"
+    """Expression of the optimizer that takes the step, from the same list."""
     seed: int = 0
     """Fixes weights, batches, augmentation and label noise."""
     out: Path = Path("runs")
@@ -64,7 +70,7 @@ class Train(Setting):
 
 @dataclass(frozen=True)
 class Tune(Setting):
-    """Choose the methods' values by accuracy on a held-out fifth of the training images.
+    """Choose the values of methods and bases by accuracy on a held-out fifth of the training images.
 
     Test images take no part.
 
@@ -72,10 +78,13 @@ class Tune(Setting):
 
         steppe tune
         steppe tune --grids "sam(rho={0.1,0.2,0.4})" "gsam(rho={0.2,0.4}, alpha={0.1,0.4})" --seeds 5
+        steppe tune --grids sgd --base "adamw(lr={0.001,0.003,0.01})" "kfac(lr={0.01,0.03}, damping={0.001,0.01})"
     """
 
     grids: tuple[str, ...] = GRIDS
     """Expressions of methods in which braces list the values to try."""
+    base: tuple[str, ...] = ("sgd",)
+    """Expressions of the optimizers that take the step, in the same way; every grid is tried on each."""
     seeds: int = 3
     """Number of seeds a candidate."""
     out: Path = Path("runs")
@@ -88,7 +97,7 @@ class Tune(Setting):
 
 @dataclass(frozen=True)
 class Measure(Sharpness):
-    """Measure how flat the minima of finished runs are: eigenvalues, trace, sharpness, spectra and filter norms.
+    """Measure how flat the minima of finished runs are: eigenvalues, trace, sharpness, spectra, filter norms, and more.
 
     What was measured is kept in the folders of the runs: a command that was interrupted goes on where it stopped when
     it is given again.
@@ -130,7 +139,7 @@ class Landscape(Landscapes):
 
 @dataclass(frozen=True)
 class Methods:
-    """List the methods: signature, equation, cost and source of each."""
+    """List the methods and the bases: signature or values, equation, cost and source of each."""
 
 
 Command: TypeAlias = Compare | Train | Tune | Measure | Landscape | Methods

@@ -5,7 +5,12 @@ import json
 import re
 from dataclasses import asdict, dataclass
 
-__all__ = ["Config", "Setting"]
+__all__ = ["Config", "Setting", "titled"]
+
+
+def titled(method: str, base: str) -> str:
+    """What a method on a base is called; plain sgd goes without saying."""
+    return method if base == "sgd" else f"{method} on {base}"
 
 
 @dataclass(frozen=True)
@@ -15,19 +20,19 @@ class Setting:
     data: str = "digits"
     """Images to train on: "digits" (8x8, built in), or a folder of Parquet files with images and labels."""
     model: str = "cnn"
-    """Network: cnn, resnet18, vgg16, wrn-16-8, wrn-28-10, pyramidnet-110, vit or mixer."""
+    """Network: cnn, resnet18, resnet20, vgg16, wrn-16-8, wrn-28-10, pyramidnet-110, vit or mixer."""
     width: int | None = None
     """The network's own measure of width; None takes the published one."""
     epochs: int = 40
     """Passes over the training images."""
     batch_size: int = 64
     """Training images a step."""
-    lr: float = 0.1
-    """Peak learning rate: warm-up over the first 5 % of the steps, then a cosine down to 0."""
-    momentum: float = 0.9
-    """Momentum of the base optimizer, SGD."""
-    weight_decay: float = 5e-4
-    """Weight decay of the base optimizer."""
+    lr: float | None = None
+    """Peak learning rate: warm-up over the first 5 % of the steps, then a cosine down to 0. None takes the base's."""
+    momentum: float | None = None
+    """Momentum of the base, for adamw and adahessian their β1; None takes the base's."""
+    weight_decay: float | None = None
+    """Weight decay of the base, decoupled from the gradient but in sgd; None takes the base's."""
     train_size: int | None = None
     """Number of training images to use; None takes all."""
     label_noise: float = 0.4
@@ -46,14 +51,19 @@ class Setting:
 
 @dataclass(frozen=True)
 class Config(Setting):
-    """One training run: a setting, a method and a seed."""
+    """One training run: a setting, a method, a base and a seed."""
 
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
     method: str = "sgd()"
     """Expression of the method, as `repr(method)` writes it."""
     seed: int = 0
     """Fixes the weights, the batches, the augmentation and the label noise, whatever the method."""
     validation: float = 0.0
     """Share of the training images held out and evaluated on in place of the test images."""
+    base: str = "sgd"
+    """Expression of the optimizer that takes the step, without the learning rate, momentum and weight decay above."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "eval_every", "width", "train_size"):
@@ -77,8 +87,14 @@ class Config(Setting):
             raise ValueError(f"validation must be in [0, 1), got {self.validation}")
 
     @property
+    def title(self) -> str:
+        """The method, and the base where it is not plain sgd."""
+        return titled(self.method, self.base)
+
+    @property
     def name(self) -> str:
-        """Folder name of the run: method, seed and a hash of every value."""
-        slug = re.sub(r"[^a-z0-9.]+", "-", self.method.lower()).strip("-")[:60]
-        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        """Folder name of the run: method, base, seed and a hash of every value."""
+        slug = re.sub(r"[^a-z0-9.]+", "-", self.title.lower()).strip("-")[:60]
+        values = {name: value for name, value in asdict(self).items() if (name, value) != ("base", "sgd")}
+        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
         return f"{slug}-s{self.seed}-{digest[:8]}"

@@ -98,7 +98,7 @@ def measure(
 
 
 def _measure(run: Run, sample: Sample, kept: Kept, tasks: Sequence[Task], bar: Bar) -> None:
-    label = f"{run.config.method} seed {run.config.seed}"
+    label = f"{run.config.title} seed {run.config.seed}"
     model, batches = load(run, sample)
     objective = Objective(model, cross_entropy, batches)
     for task in tasks:

@@ -1,13 +1,14 @@
 """Defaults of the command line: what is trained, by which methods, and which values are tried."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
 from steppe.lab.config import Setting
 
-__all__ = ["GRIDS", "METHODS", "preset", "preset_jobs", "preset_seeds"]
+__all__ = ["BASES", "BASE_GRIDS", "GRIDS", "METHODS", "base_preset", "preset", "preset_jobs", "preset_seeds"]
 
 METHODS = (
     "sgd",
@@ -30,6 +31,26 @@ GRIDS = (
 )
 """Values that `steppe tune` tries by default."""
 
+BASES: Mapping[str, Mapping[str, float]] = {
+    "sgd": {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4},
+    "adamw": {"lr": 0.003, "momentum": 0.9, "weight_decay": 0.1},
+    "adahessian": {"lr": 0.03, "momentum": 0.9, "weight_decay": 0.005},
+    "kfac": {"lr": 0.03, "momentum": 0.9, "weight_decay": 0.01, "damping": 0.03},
+    "ekfac": {"lr": 0.03, "momentum": 0.9, "weight_decay": 0.01, "damping": 0.03},
+    "newton-cg": {"lr": 1.0, "momentum": 0.0, "weight_decay": 0.0},
+}
+"""Values of the bases, with the best of those in `BASE_GRIDS` on the digits' validation split."""
+
+BASE_GRIDS = (
+    "sgd(lr={0.03,0.1,0.3})",
+    "adamw(lr={0.001,0.003,0.01}, weight_decay={0.01,0.1})",
+    "adahessian(lr={0.01,0.03,0.1}, weight_decay={0.005,0.05})",
+    "kfac(damping={0.01,0.03,0.1}, lr={0.01,0.03,0.1})",
+    "ekfac(damping={0.01,0.03,0.1}, lr={0.01,0.03,0.1})",
+    "newton-cg(lr={0.3,1})",
+)
+"""Values that were tried for them: `steppe tune --grids sgd --base "adamw(lr={0.001,0.003,0.01})"`."""
+
 
 def preset(data: str) -> Setting:
     """The setting that a data set starts from.
@@ -45,7 +66,6 @@ def preset(data: str) -> Setting:
         model="resnet18",
         epochs=80,
         batch_size=128,
-        lr=0.2,
         label_noise=0.0,
         flip=True,
         crop=4,
@@ -53,6 +73,16 @@ def preset(data: str) -> Setting:
         eval_every=8,
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
+
+
+def base_preset(data: str, name: str) -> Mapping[str, float]:
+    """The values that a base starts from on a data set.
+
+    Args:
+        data: "digits", or the path of a folder of Parquet files.
+        name: of the base.
+    """
+    return BASES[name] if data == "digits" or name != "sgd" else {**BASES[name], "lr": 0.2}
 
 
 def preset_seeds(data: str) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-import steppe
+from steppe.lab.bases import cost
 from steppe.lab.run import Run
 
 __all__ = ["Bar", "Display"]
@@ -23,7 +23,7 @@ class Display:
         console = Console(stderr=True)
         self._quiet = not console.is_terminal
         self._finished = {run.config for run in runs if run.result is not None}
-        self._costs = {method: steppe.parse(method).cost() for method in {run.config.method for run in runs}}
+        self._costs = {run.config: cost(run.config) for run in runs}
         self._work = self._left(runs)
         self._accuracy = ""
         self._progress = _progress(console)
@@ -43,22 +43,20 @@ class Display:
             self._accuracy = f" · {last['test_accuracy']:.1%}"
         self._progress.update(
             self._task,
-            description=f"{moved.config.method} · seed {moved.config.seed}{self._accuracy}",
+            description=f"{moved.config.title} · seed {moved.config.seed}{self._accuracy}",
             completed=self._work - self._left(runs),
         )
         for run in runs:
             if run.result is not None and run.config not in self._finished:
                 self._finished.add(run.config)
                 if self._quiet:
-                    line = run.failure or f"{run.config.method} seed {run.config.seed}: {run.accuracy:.1%}"
+                    line = run.failure or f"{run.config.title} seed {run.config.seed}: {run.accuracy:.1%}"
                     print(line, file=sys.stderr, flush=True)
 
     def _left(self, runs: Sequence[Run]) -> float:
         """Epochs that are left, each weighed by the propagations of a step."""
         return sum(
-            self._costs[run.config.method] * (run.config.epochs - len(run.records))
-            for run in runs
-            if run.result is None
+            self._costs[run.config] * (run.config.epochs - len(run.records)) for run in runs if run.result is None
         )
 
 

@@ -19,6 +19,7 @@ from steppe.lab.files import write
 from steppe.lab.plots import Curve, Point, accuracy_against_cost, curves
 from steppe.lab.run import Run
 from steppe.lab.stats import Difference, Estimate, difference, estimate
+from steppe.lab.trained import grouped
 
 __all__ = ["Columns", "Row", "machine", "markdown", "rows", "table", "write_report"]
 
@@ -27,9 +28,12 @@ MISSING = "—"
 
 @dataclass(frozen=True)
 class Row:
-    """What the finished runs of one method say. Shares are in [0, 1]; None stands for what is not known."""
+    """What the finished runs of one method on one base say. Shares are in [0, 1]; None is what is not known."""
 
+    label: str
+    """Method and base in one, see `grouped`."""
     method: str
+    base: str
     accuracy: Estimate | None
     difference: Difference | None
     """Accuracy less the baseline's, over the seeds that both have."""
@@ -47,27 +51,28 @@ class Columns(NamedTuple):
 
     titles: Sequence[str]
     cells: Mapping[str, Sequence[str]]
-    """Those of each method that has any."""
+    """Those of each row that has any, by its label."""
     legend: str
 
 
 def rows(runs: Sequence[Run]) -> list[Row]:
-    """One row a method, in the order of the runs; the baseline is sgd if it is there, else the first."""
-    by_method: dict[str, list[Run]] = {}
-    for run in runs:
-        by_method.setdefault(run.config.method, []).append(run)
-    baseline = by_method.get("sgd()") or next(iter(by_method.values()))
-    return [_row(method, group, baseline) for method, group in by_method.items()]
+    """One row for each method on each base, in the order of the runs; the first of sgd, or of all, is the baseline."""
+    groups = {label: [runs[place] for place in places] for label, places in grouped(runs).items()}
+    plain = (group for group in groups.values() if group[0].config.method == "sgd()")
+    against = next(plain, next(iter(groups.values())))
+    return [_row(label, group, against) for label, group in groups.items()]
 
 
-def _row(method: str, runs: Sequence[Run], baseline: Sequence[Run]) -> Row:
+def _row(label: str, runs: Sequence[Run], baseline: Sequence[Run]) -> Row:
+    config = runs[0].config
+    names = (label, config.method, config.base + label.removeprefix(config.title))
     failures = tuple(run.failure for run in runs if run.failure)
     accuracies = _accuracies(runs)
     if not accuracies:
-        return Row(method, None, None, None, None, None, failures)
+        return Row(*names, None, None, None, None, None, failures)
     results = [run.result for run in runs if run.result and run.accuracy is not None]
     return Row(
-        method,
+        *names,
         estimate(list(accuracies.values())),
         None if runs is baseline else difference(accuracies, _accuracies(baseline)),
         statistics.fmean(result["propagations"] for result in results),
@@ -94,6 +99,7 @@ def _time(runs: Sequence[Run], baseline: Sequence[Run]) -> float | None:
 
 HEADER = (
     "method",
+    "base",
     "test accuracy (%)",
     "seeds",
     "difference to {baseline}",
@@ -101,28 +107,29 @@ HEADER = (
     "time / step (× {baseline})",
     "peak memory (MB)",
 )
-
+NAMES = 2
+"""Columns at the left that are names."""
 
 LEGEND = """
 ± is half a 95 % t-interval over seeds; differences are paired by seed, p is two-sided (paired t-test).
 A propagation is one forward and one backward pass over the batch.
 Time is the median ratio over epochs run at the same moment.
 Peak memory is that of a training step: weights, gradients, optimizer state, activations and the batch.
-
 """
 
 
 def _cells(found: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    baseline = next((row.method for row in found if row.method == "sgd()"), found[0].method)
-    header = [title.format(baseline=baseline.removesuffix("()")) for title in HEADER]
+    row = next((row for row in found if row.method == "sgd()"), found[0])
+    header = [title.format(baseline=row.label.replace("()", "", 1)) for title in HEADER]
     return header, [_texts(row) for row in found]
 
 
 def _texts(row: Row) -> list[str]:
     if row.accuracy is None:
-        return [row.method, "failed", "0", *[MISSING] * 4]
+        return [row.method, row.base, "failed", "0", *[MISSING] * 4]
     return [
         row.method,
+        row.base,
         percent(row.accuracy),
         str(row.accuracy.n) + (f" ({len(row.failures)} failed)" if row.failures else ""),
         MISSING if row.difference is None else _difference(row.difference),
@@ -144,19 +151,19 @@ def _difference(value: Difference) -> str:
     return f"{text} ± {100 * value.half:.2f} ({'p < 0.001' if value.p < 0.001 else f'p = {value.p:.3f}'})"
 
 
-def table(header: Sequence[str], body: Sequence[Sequence[str]]) -> Table:
-    """A table for the terminal, its first column to the left and the others to the right."""
+def table(header: Sequence[str], body: Sequence[Sequence[str]], names: int = 1) -> Table:
+    """A table for the terminal, its first columns, the names, to the left and the others to the right."""
     result = Table(box=SIMPLE_HEAD)
     for number, title in enumerate(header):
-        result.add_column(title, justify="right" if number else "left")
+        result.add_column(title, justify="right" if number >= names else "left")
     for cells in body:
         result.add_row(*cells)
     return result
 
 
-def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+def markdown(header: Sequence[str], body: Sequence[Sequence[str]], names: int = 1) -> str:
     """The same table in Markdown."""
-    rule = ["---", *["---:"] * (len(header) - 1)]
+    rule = ["---"] * names + ["---:"] * (len(header) - names)
     lines = ("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in (header, rule, *body))
     return "\n".join(lines) + "\n"
 
@@ -178,37 +185,44 @@ def write_report(runs: Sequence[Run], out: Path, command: str, further: Columns 
     if further:
         header += further.titles
         for row, cells in zip(found, body, strict=True):
-            cells += further.cells.get(row.method, [MISSING] * len(further.titles))
+            cells += further.cells.get(row.label, [MISSING] * len(further.titles))
     lines = (json.dumps({**asdict(run.config), **(run.result or {})}) + "\n" for run in runs)
     write(out / "runs.jsonl", "".join(lines))
     points = [
-        Point(row.method, row.propagations, row.accuracy)
+        Point(row.label, row.propagations, row.accuracy)
         for row in found
         if row.accuracy is not None and row.propagations is not None
     ]
     pictures = ""
     if points:
         write(out / "report.png", accuracy_against_cost(points))
-        write(out / "curves.png", curves([_curve(row.method, runs) for row in found if row.accuracy]))
+        write(out / "curves.png", curves([_curve(row.label, runs) for row in found if row.accuracy]))
         pictures = "![Test accuracy against cost](report.png)\n\n![Training curves](curves.png)\n\n"
     failures = "".join(f"- failed: {failure}\n" for row in found for failure in row.failures)
     write(
         out / "report.md",
         f"# Comparison on {Path(runs[0].config.data).name}\n\n"
-        + markdown(header, body)
+        + markdown(header, body, NAMES)
         + LEGEND
+        + _rates(runs)
         + (further.legend if further else "")
         + (failures + "\n" if failures else "")
         + pictures
         + f"    {command}\n\n{datetime.date.today().isoformat()}, {machine()}.\n",
     )
-    return table(header, body)
+    return table(header, body, NAMES)
 
 
-def _curve(method: str, runs: Sequence[Run]) -> Curve:
-    good = [run for run in runs if run.config.method == method and run.accuracy is not None]
+def _rates(runs: Sequence[Run]) -> str:
+    """The learning rates, of which each base has its own."""
+    rates = dict.fromkeys((run.config.base, run.config.lr) for run in runs)
+    return f"Peak learning rates: {', '.join(f'{base} {lr:g}' for base, lr in rates)}.\n\n"
+
+
+def _curve(label: str, runs: Sequence[Run]) -> Curve:
+    good = [runs[place] for place in grouped(runs)[label] if runs[place].accuracy is not None]
     return Curve(
-        method,
+        label,
         *(
             [(record["epoch"], record[name]) for run in good for record in run.records if name in record]
             for name in ("train_loss", "test_accuracy")

@@ -60,10 +60,10 @@ class Run:
 
     @property
     def failure(self) -> str | None:
-        """Method, seed and reason of a run that failed; None for any other."""
+        """Method, base, seed and reason of a run that failed; None for any other."""
         if self.result is None or "failed" not in self.result:
             return None
-        return f"{self.config.method} seed {self.config.seed}: {self.result['failed']}"
+        return f"{self.config.title} seed {self.config.seed}: {self.result['failed']}"
 
     def advance(self) -> None:
         """Train one epoch and keep it on disk; after the last one, write the result.

@@ -1,13 +1,15 @@
 """Many runs in one go."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import steppe
+from steppe.lab import bases
 from steppe.lab.config import Config, Setting
 from steppe.lab.files import claimed
 from steppe.lab.jobs import lockstep, spread
+from steppe.lab.presets import base_preset
 from steppe.lab.progress import Display
 from steppe.lab.run import Run
 from steppe.lab.train import Training
@@ -15,27 +17,48 @@ from steppe.lab.train import Training
 __all__ = ["compare", "configure", "perform"]
 
 
-def configure(setting: Setting, method: str, seed: int, validation: float = 0.0) -> Config:
-    """The run of a method and a seed in a setting.
+def configure(setting: Setting, method: str, seed: int, validation: float = 0.0, base: str = "sgd") -> Config:
+    """The run of a method, a base and a seed in a setting.
+
+    Learning rate, momentum and weight decay are those in the base's expression, else the setting's, else the preset's.
 
     Args:
         setting: what all runs share.
         method: expression of the method; the run keeps `repr` of it, so that one method has one name.
         seed: of the run.
         validation: share of the training images that is held out and evaluated on.
+        base: expression of the base, see `steppe.lab.bases.read`.
 
     Raises:
-        ValueError: if the method does not parse, or a value is out of its range.
+        ValueError: if the method or the base does not parse, or a value is out of its range.
     """
-    values = {**asdict(setting), "method": repr(steppe.parse(method)), "seed": seed, "validation": validation}
-    return Config(**values)
+    name, own = bases.read(base)
+    given = {key: value for key in bases.SHARED if (value := getattr(setting, key)) is not None}
+    values = {**base_preset(setting.data, name), **given, **own}
+    shared = {key: float(values.pop(key)) for key in bases.SHARED}
+    config = Config(
+        **{**asdict(setting), **shared},
+        method=repr(steppe.parse(method)),
+        seed=seed,
+        validation=validation,
+        base=bases.write(name, values),
+    )
+    bases.check(config)
+    return config
 
 
-def compare(setting: Setting, methods: Sequence[str], seeds: int, out: Path, jobs: int = 1) -> list[Run]:
-    """Train every method with every seed, all methods of a seed an epoch at a time in turn.
+def compare(
+    setting: Setting,
+    methods: Sequence[str],
+    seeds: int,
+    out: Path,
+    jobs: int = 1,
+    base: Sequence[str] = ("sgd",),
+) -> list[Run]:
+    """Train every method on every base with every seed, all runs of a seed an epoch at a time in turn.
 
-    So the seconds of a method's epoch stand beside those of the other methods at the same moment, and what
-    slows the machine down for a while slows all of them.
+    So the seconds of a run's epoch stand beside those of the others at the same moment, and what slows the machine
+    down for a while slows all of them.
 
     Args:
         setting: what all runs share.
@@ -43,24 +66,23 @@ def compare(setting: Setting, methods: Sequence[str], seeds: int, out: Path, job
         seeds: number of seeds, 0 to seeds - 1.
         out: folder of the study.
         jobs: number of processes, each of which takes a seed at a time.
+        base: expressions of the bases; one that occurs twice counts once.
 
     Returns:
-        The finished runs, seed by seed in the order of the methods.
+        The finished runs, seed by seed in the order of the bases, and of the methods on each.
 
     Raises:
-        ValueError: if a method does not parse, there is none, or a value is out of its range.
+        ValueError: if a method or a base does not parse, there is none, or a value is out of its range.
         OSError: if a file cannot be written.
     """
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
     if not methods:
         raise ValueError("no method to compare: name at least one, such as sam")
-    names = dict.fromkeys(repr(steppe.parse(method)) for method in methods)
-    return perform(
-        ([configure(setting, method, seed) for method in names] for seed in range(seeds)),
-        out,
-        jobs,
-    )
+    if not base:
+        raise ValueError("no base to compare on: name at least one, such as sgd")
+    configs = dict.fromkeys(configure(setting, method, 0, base=each) for each in base for method in methods)
+    return perform(([replace(config, seed=seed) for config in configs] for seed in range(seeds)), out, jobs)
 
 
 def perform(groups: Iterable[Iterable[Config]], out: Path, jobs: int = 1) -> list[Run]:

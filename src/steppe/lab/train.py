@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import steppe
-from steppe.lab import models
+from steppe.lab import bases, models
 from steppe.lab.augment import augment, normalize
 from steppe.lab.config import Config
 from steppe.lab.data import Dataset, Split, load
@@ -219,8 +219,7 @@ def _build(
     torch.manual_seed(config.seed)
     model = models.build(config.model, classes=classes, channels=channels, size=size, width=config.width)
     model = model.to(config.device).to(memory_format=LAYOUT)  # type: ignore[call-overload]
-    base = torch.optim.SGD(model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
-    method = steppe.parse(config.method)
+    base, method = bases.build(config, model.parameters()), steppe.parse(config.method)
     return model, steppe.SharpnessAware(base, method, seed=config.seed, total_steps=config.epochs * steps)
 
 

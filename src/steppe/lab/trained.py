@@ -45,16 +45,16 @@ def find(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
 
 
 def grouped(runs: Sequence[Run]) -> dict[str, list[int]]:
-    """Places of the runs by their label: the method, with the settings in which groups of one method differ."""
+    """Places of the runs by their label: method and base, with the settings in which groups of one label differ."""
     groups: dict[Config, list[int]] = {}
     for place, run in enumerate(runs):
         groups.setdefault(replace(run.config, seed=0), []).append(place)
     labels = {}
     for config, places in groups.items():
         values = asdict(config)
-        others = [asdict(other) for other in groups if other.method == config.method]
+        others = [asdict(other) for other in groups if other.title == config.title]
         differ = [f"{name}={value}" for name, value in values.items() if any(o[name] != value for o in others)]
-        labels[", ".join([config.method, *differ])] = places
+        labels[", ".join([config.title, *differ])] = places
     return labels
 
 
@@ -112,7 +112,7 @@ def _at(path: Path) -> list[Run]:
     if not folders:
         what = "neither a run nor a study is in it" if path.is_dir() else "no such folder"
         raise ValueError(f"{path}: {what}; give folders that `steppe compare` made, OUT or OUT/runs/NAME")
-    found = sorted(map(_open, folders), key=lambda run: run.config.method != "sgd()")
+    found = sorted(map(_open, folders), key=lambda run: run.config.title != "sgd()")
     if all(map(_unfinished, found)):
         raise ValueError(f"{path}: none of its {len(found)} runs is finished; give their command again")
     return found
