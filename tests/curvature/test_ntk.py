@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -122,3 +123,42 @@ def test_progress_goes_to_the_end():
     seen: list[float] = []
     ntk(Objective(model, nets.losses, [batch]), 4, progress=seen.append)
     assert seen == [0.25, 0.5, 0.75, 1.0]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 11, 12])
+def test_a_jacobian_that_is_not_held_as_a_whole_gives_the_same_kernel(rows, monkeypatch):
+    model, batch = nets.mlp()
+    objective = Objective(model, nets.losses, [batch])
+    whole, seen = ntk(objective, 4), []
+    monkeypatch.setattr(sys.modules[ntk.__module__], "ROOM", rows * objective.size)
+    found = ntk(objective, 4, progress=seen.append)
+    torch.testing.assert_close(found.kernel, whole.kernel, rtol=1e-13, atol=1e-13)
+    assert seen == sorted(seen)
+    assert seen[-1] == pytest.approx(1)
+    strips = range(0, 12, rows)
+    gradients = sum(2 / 3 * (12 - start) + 1 / 3 * (4 - start // 3) for start in strips)
+    assert found.passes == pytest.approx(gradients / len(batch[1]))
+
+
+class Uneven(nn.Module):
+    """Its second output hardly moves; its third, if there is one, is what makes the sum 0."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.linear, self.outputs = nn.Linear(4, 2), outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.linear(x).tanh() * torch.tensor([1.0, 1e-3])
+        return torch.cat([z, -z.sum(1, keepdim=True)], 1)[:, : self.outputs]
+
+
+@pytest.mark.parametrize(("outputs", "rank"), [(2, 6), (3, 6)])
+def test_small_eigenvalues_are_told_from_0_in_single_precision(outputs, rank):
+    torch.manual_seed(0)
+    model, x = Uneven(outputs), torch.randn(3, 4)
+    found = ntk(Objective(model, squares, [x]))
+    assert found.rank == rank
+    if outputs == 2:
+        double = ntk(Objective(model.double(), squares, [x.double()]))
+        assert found.condition == pytest.approx(double.condition, rel=1e-3)
+        assert found.condition > 1e6

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -45,6 +47,75 @@ def test_monte_carlo_error_falls_as_the_root_of_the_draws():
     ]
     slope = np.polyfit(np.log(counts), 0.5 * np.log(np.mean(errors, 1)), 1)[0]
     assert abs(slope + 0.5) < 0.1
+
+
+def smoothed(model: nn.Module, batch: Any) -> torch.Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none", label_smoothing=0.1)
+
+
+def weighted(model: nn.Module, batch: Any) -> torch.Tensor:
+    weight = torch.tensor([0.0, 1.0, 50.0]).to(batch[0])
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none", weight=weight)
+
+
+def mean(model: nn.Module, batch: Any) -> torch.Tensor:
+    return losses(model, batch).mean()
+
+
+def mixed(model: nn.Module, batch: Any) -> torch.Tensor:
+    x, y = batch
+    soft = F.one_hot(y, 3).to(x)
+    return F.cross_entropy(model(x), 0.7 * soft + 0.3 * soft.flip(0), reduction="none")
+
+
+def of_log_probabilities(model: nn.Module, batch: Any) -> torch.Tensor:
+    return F.nll_loss(model(batch[0]), batch[1], reduction="none")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1, 3, 10, 30, 100, 1e4])
+@pytest.mark.parametrize("loss_fn", [losses, smoothed, weighted, mean, mixed, of_log_probabilities])
+def test_a_cross_entropy_is_known_by_its_curvature(loss_fn, scale, dtype):
+    model = regression().to(dtype)
+    with torch.no_grad():
+        model.weight *= scale
+    if loss_fn is of_log_probabilities:
+        model = nn.Sequential(model, nn.LogSoftmax(1))
+    batches = [(x.to(dtype), y) for x, y in BATCHES]
+    v = torch.ones(15, dtype=dtype)
+    known = operator(model, loss_fn, batches, "fisher")
+    assert torch.equal(known @ v, operator(model, loss_fn, batches, "fisher", likelihood="categorical") @ v)
+
+
+def to_one_hot(model: nn.Module, batch: Any) -> torch.Tensor:
+    z = model(batch[0])
+    return (z - F.one_hot(batch[1], z.shape[1]).to(z)).square().mean(1)
+
+
+def of_many_labels(model: nn.Module, batch: Any) -> torch.Tensor:
+    z = model(batch[0])
+    target = F.one_hot(batch[1], 100)[:, : z.shape[1]].to(z)
+    return F.binary_cross_entropy_with_logits(z, target, reduction="none").mean(1)
+
+
+def of_probabilities(model: nn.Module, batch: Any) -> torch.Tensor:
+    return F.nll_loss(model(batch[0]).sigmoid().log(), batch[1].clamp_max(0), reduction="none")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("outputs", [1, 3, 100])
+@pytest.mark.parametrize("loss_fn", [to_one_hot, of_many_labels, of_probabilities])
+def test_another_loss_needs_its_likelihood(loss_fn, outputs, dtype):
+    model = made(lambda: nn.Linear(4, outputs)).to(dtype)
+    batches = [(x.to(dtype), y.clamp_max(outputs - 1)) for x, y in BATCHES]
+    v = torch.ones(5 * outputs, dtype=dtype)
+    for draws in (None, 2):
+        with pytest.raises(ValueError, match=r"not the cross-entropy.*likelihood=\"gaussian\".*kind=\"ggn\""):
+            operator(model, loss_fn, batches, "fisher", draws=draws) @ v
+        for likelihood in ("categorical", "gaussian"):
+            assert (
+                (operator(model, loss_fn, batches, "fisher", draws=draws, likelihood=likelihood) @ v).isfinite().all()
+            )
 
 
 @pytest.mark.parametrize("likelihood", ["categorical", "gaussian"])

@@ -15,8 +15,8 @@ NORMS = nn.Identity, nn.LayerNorm, nn.BatchNorm1d, nn.RMSNorm
 KINDS = {
     "hessian": {},
     "ggn": {},
-    "fisher": {},
-    "fisher, drawn": {"draws": 2},
+    "fisher": {"likelihood": "categorical"},
+    "fisher, drawn": {"likelihood": "categorical", "draws": 2},
     "fisher, gaussian": {"likelihood": "gaussian"},
     "empirical": {},
 }

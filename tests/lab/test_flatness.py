@@ -10,14 +10,17 @@ from scipy.sparse.linalg import eigsh
 
 from steppe import curvature
 from steppe.lab import flatness, measure, sharpness
-from steppe.lab.flatness import Figure, columns, text, write_sharpness
+from steppe.lab.figures import Figure, active, further, text
+from steppe.lab.flatness import columns, write_sharpness
 from steppe.lab.options import Sharpness
 from steppe.lab.sharpness import measure_sharpness
 from steppe.lab.train import cross_entropy
 from steppe.lab.trained import find, load
 
-QUICK = Sharpness(examples=64, batch_size=64, m=16, draws=3, products=6)
-NAMES = ["filters", "surrogate gap", "m-sharpness", "average rise", "eigenvalues", "trace", "components", "spectrum"]
+QUICK = Sharpness(examples=64, batch_size=64, m=16, draws=3, products=6, kernel=4)
+CHEAP = ["surrogate gap", "m-sharpness", "average rise", "linearity", "linearity of picks", "cosines"]
+COSTLY = ["eigenvalues", "trace", "components", "spectrum", "smallest eigenvalues"]
+NAMES = ["filters", "active neurons", *CHEAP, "PAC-Bayes bound", "tangent kernel", *COSTLY]
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +56,66 @@ def test_figures_are_those_of_the_library(measured):
     assert np.shape(found[2]["spectrum"]["nodes"]) == (1, 40)
 
 
+def test_further_figures_are_those_of_the_library(measured):
+    runs, found = measured
+    figures = found[2]
+    an = curvature.Analyzer(*_of(runs[2]), progress=False)
+    smallest = an.eigenvalues(2, which="smallest")
+    assert figures["smallest eigenvalues"]["values"] == pytest.approx(smallest.values.tolist(), rel=2e-3)
+    assert figures["smallest eigenvalues"]["converged"] == [True, True]
+    assert figures["linearity"]["value"] == pytest.approx(an.linearity().zeta, rel=1e-6)
+    picks = [curvature.linearity(an.objective, 0.05, beta=0.6, seed=seed).zeta for seed in range(3)]
+    assert figures["linearity of picks"]["value"] == pytest.approx(np.mean(picks), rel=1e-6)
+    assert figures["linearity of picks"]["error"] == pytest.approx(np.std(picks, ddof=1) / 3**0.5, rel=1e-6)
+    cosines = an.cosines()
+    assert figures["cosines"]["B⁺"]["value"] == pytest.approx(cosines.sharpest, rel=1e-6)
+    assert figures["cosines"]["B⁻"]["value"] == pytest.approx(cosines.flattest, rel=1e-6)
+    assert figures["cosines"]["random"]["value"] == pytest.approx(cosines.random, rel=1e-6)
+    assert figures["PAC-Bayes bound"]["bound"] == pytest.approx(an.pac_bayes().bound, rel=1e-6)
+    assert figures["PAC-Bayes bound"]["examples"] == 64
+    assert figures["tangent kernel"]["condition"] == pytest.approx(an.ntk(4).condition, rel=1e-6)
+    assert len(figures["tangent kernel"]["eigenvalues"]) == 4 * 10
+    activity = an.active_neurons()
+    assert figures["active neurons"]["shares"] == pytest.approx(activity.shares)
+    shares = {layer: figure.value for layer, figure in active(figures["active neurons"]).items()}
+    expected = {**activity.shares, "whole": activity.share}
+    assert shares == pytest.approx({layer: 100 * share for layer, share in expected.items()})
+
+
+def test_active_neurons_of_a_module_are_counted_together():
+    shares = {":relu": 0.5, "blocks.0:relu": 0.2, "blocks.0:relu#2": 0.8, "blocks.1.mlp.1": 0.1}
+    neurons = {":relu": 10, "blocks.0:relu": 30, "blocks.0:relu#2": 10, "blocks.1.mlp.1": 1}
+    found = active({"shares": shares, "neurons": neurons, "share": 0.4})
+    values = {layer: figure.value for layer, figure in found.items()}
+    assert values == pytest.approx({"relu": 50, "blocks.0": 35, "blocks.1.mlp.1": 10, "whole": 40})
+
+
+def test_a_singular_kernel_has_no_condition_number(measured):
+    _, found = measured
+    assert text([further(found[0])["NTK κ"]]) != "—"
+    singular = {**found[0], "tangent kernel": {"condition": None}}
+    assert text([further(singular)["NTK κ"]]) == "—"
+    assert text([further(each)["NTK κ"] for each in (singular, found[1])]).endswith("(1 of 2)")
+
+
+def test_figures_kept_earlier_are_found_again(measured, study_folder, untouchable):
+    """These descriptions are in files that are kept with results."""
+    (run, *_), _ = find([study_folder])
+    _, found = measured
+    names = {
+        "filters()": "filters",
+        "surrogate gap(examples=64, split=train, seed=0, rho=0.05)": "surrogate gap",
+        "m-sharpness(examples=64, split=train, seed=0, batch_size=64, rho=0.05, m=16)": "m-sharpness",
+        "average rise(examples=64, split=train, seed=0, noise=0.01, draws=3)": "average rise",
+        "eigenvalues(examples=64, split=train, seed=0, eigenvalues=5, tol=0.001)": "eigenvalues",
+        "trace(examples=64, split=train, seed=0, products=6)": "trace",
+        "components(examples=64, split=train, seed=0, tol=0.001)": "components",
+        "spectrum(examples=64, split=train, seed=0, spectra=1)": "spectrum",
+    }
+    (run.folder / "sharpness.json").write_text(json.dumps({key: found[0][name] for key, name in names.items()}))
+    assert measure_sharpness([run], QUICK, list(names.values())) == [{k: found[0][k] for k in names.values()}]
+
+
 def test_lanczos_power_iteration_and_eigsh_agree_on_the_runs_of_a_comparison(measured):
     runs, found = measured
     for run, figures in zip(runs, found, strict=True):
@@ -71,7 +134,7 @@ def _of(run):
 
 def test_nothing_is_measured_twice_and_what_is_kept_needs_no_checkpoint(measured, untouchable):
     runs, found = measured
-    assert measure_sharpness(runs, QUICK) == found
+    assert json.dumps(measure_sharpness(runs, QUICK)) == json.dumps(found)  # NaN is not equal to itself
     with pytest.raises(AssertionError, match="loaded"):
         measure_sharpness(runs[:1], replace(QUICK, rho=0.1))
 
@@ -89,7 +152,8 @@ def test_options_measure_anew_only_what_depends_on_them(study_folder, monkeypatc
     for options, expected in (
         ({}, NAMES),
         ({}, []),
-        ({"rho": 0.1}, ["surrogate gap", "m-sharpness"]),
+        ({"rho": 0.1}, [*CHEAP[:2], *CHEAP[3:], "PAC-Bayes bound"]),
+        ({"kernel": 2}, ["tangent kernel"]),
         ({"device": "cpu"}, []),
         ({"split": "test"}, NAMES[1:]),
     ):
@@ -109,7 +173,7 @@ def test_an_interrupted_command_goes_on_at_the_measurement(study_folder, monkeyp
         measure_sharpness([run], QUICK)
     monkeypatch.undo()
     kept = json.loads((run.folder / "sharpness.json").read_text())
-    assert [name.split("(")[0] for name in kept] == NAMES[:5]
+    assert [name.split("(")[0] for name in kept] == NAMES[: NAMES.index("trace")]
     monkeypatch.setattr(curvature, "surrogate_gap", interrupt)
     assert list(measure_sharpness([run], QUICK)[0]) == NAMES
 
@@ -160,6 +224,14 @@ def test_report_files(measured, tmp_path):
     assert float(sam[3].split(" ± ")[0]) == pytest.approx(mean, rel=1e-3)
     (parts,) = (line for line in lines if line.startswith("| λmax of"))
     assert parts == "| λmax of | convolution 1 | convolution 2 | convolution 3 | head | whole |"
+    (more,) = (line for line in lines if line.startswith("| method | λmin"))
+    assert more == (
+        "| method | λmin | λn−1 | ζ | ζ, β = 0.6 | cos B⁺ | cos B⁻ | cos random | PAC-Bayes bound | NTK κ |"
+    )
+    assert sum(line.startswith("| 2 |") or line.startswith("| whole |") for line in lines) == 2
+    assert "| active neurons (%) of | sgd() | sam(rho=0.5) |" in lines
+    assert all(any(line.startswith(word) for line in lines) for word in ("λmin and", "ζ = ", "cos is", "NTK κ is"))
+    assert "mean of 3 draws" in "".join(lines)
     assert "- left out: runs/x: the run failed, nan" in lines
     assert "    steppe sharpness x" in lines
     assert "noisy labels" in "".join(lines)
@@ -178,8 +250,9 @@ def test_what_did_not_converge_says_so_in_the_tables(study_folder, tmp_path, mon
     what = replace(QUICK, tol=1e-9)
     write_sharpness([run], measure_sharpness([run], what), [], what, tmp_path, "steppe sharpness x")
     lines = (tmp_path / "sharpness.md").read_text().splitlines()
-    first, second = (line for line in lines if line.startswith("| sgd()"))
+    first, further, second = (line for line in lines if line.startswith("| sgd()"))
     assert first.count("(not converged)") == 3  # λmax, λ5 and their ratio
+    assert further.count("(not converged)") == 2  # λmin and the next
     assert second.count("(not converged)") == 5
 
 

@@ -26,10 +26,12 @@ def refused(capsys, *arguments):
 
 
 def test_sharpness(capsys, study_folder, monkeypatch):
-    command = ["sharpness", study_folder, *SMALL, "--m", "16", "--products", "6"]
+    command = ["sharpness", study_folder, *SMALL, "--m", "16", "--products", "6", "--draws", "3", "--kernel", "4"]
     written = ok(capsys, *command)
     assert "λmax" in written.out
     assert "convolution 3" in written.out
+    assert "active neurons (%) of" in written.out
+    assert "PAC-Bayes" in written.out
     assert len(written.err.splitlines()) == 4
     files = {file.name for file in (study_folder / "sharpness").iterdir()}
     assert files - {".lock"} == {"sharpness.md", "sharpness.json", "spectra.png", "filters.png"}
@@ -65,7 +67,7 @@ def test_compare_with_sharpness(capsys, study_folder, monkeypatch):
     assert "| λmax | λmax/λ5 | surrogate gap | m-sharpness |" in report
     assert "Flatness is measured on" in report
     rows = [line.split(" | ") for line in report.splitlines() if line.startswith(("| sgd", "| sam"))]
-    assert all(len(row) == 11 and " ± " in row[7] for row in rows)
+    assert all(len(row) == 12 and " ± " in row[8] for row in rows)
     assert len(list(study_folder.glob("runs/*/sharpness.json"))) == 4
     monkeypatch.setattr(measure, "load", None)
     assert ok(capsys, *command, "--out", study_folder).out == written.out
@@ -76,7 +78,7 @@ def test_compare_with_sharpness(capsys, study_folder, monkeypatch):
 def test_compare_measures_no_run_that_failed(capsys, tmp_path):
     command = ["compare", *TINY, "--jobs", "1", "--lr", "1e30", "--methods", "sgd", "--seeds", "1", "--sharpness"]
     assert main([*command, "--out", str(tmp_path)]) == 2
-    assert "| sgd() | failed | 0 | — | — | — | — | — | — | — | — |" in (tmp_path / "report.md").read_text()
+    assert "| sgd() | sgd | failed | 0 | — | — | — | — | — | — | — | — |" in (tmp_path / "report.md").read_text()
 
 
 @pytest.mark.parametrize("command", ["sharpness", "landscape"])
@@ -107,6 +109,7 @@ def test_bad_input_of_both_is_one_clear_message(capsys, study_folder, command, a
         (["sharpness", "--rho", "-1"], ["rho", "-1"]),
         (["sharpness", "--tol", "-1"], ["tol", "-1"]),
         (["sharpness", "--products", "1"], ["products=1", "6"]),
+        (["sharpness", "--kernel", "0"], ["tangent kernel", "0"]),
         (["landscape", "--points", "1"], ["points=1"]),
         (["landscape", "--draws", "0"], ["draws=0"]),
         (["landscape", "--radius", "0"], ["radius=0"]),

@@ -101,7 +101,7 @@ class Analyzer:
         *,
         params: Selection = None,
         draws: int | None = None,
-        likelihood: Likelihood = "categorical",
+        likelihood: Likelihood | None = None,
     ) -> Operator:
         """Return the Hessian or another curvature matrix, over all parameters or some, see `Operator`."""
         objective = self.objective if params is None else self.objective.only(params)

@@ -17,10 +17,12 @@ from .. import caches, rng, vec
 from ..batch import Batch, LossFunction
 from ..examples import extent, to_device
 from ..ranks import Ranks
+from ..twice import Twice
 from ..vec import Vec
 from .data import Watch
 from .params import Selection, chosen
 from .still import Mode, still
+from .together import agree, together
 
 FORWARD = 1 / 3
 """Cost of a forward pass, in gradients."""
@@ -92,16 +94,17 @@ class Objective:
 
     @contextmanager
     def still(self) -> Iterator[None]:
-        """Hold the model still, see `steppe.curvature.still`; may be nested."""
-        if self._depth[0]:
-            yield
-            return
-        with still(self.model, self.params, self.mode):
-            self._depth[0] += 1
-            try:
+        """Hold the model still, see `steppe.curvature.still`; may be nested. Where one rank raises, all of them do."""
+        with together(self.group, self.device):
+            if self._depth[0]:
                 yield
-            finally:
-                self._depth[0] -= 1
+                return
+            with still(self.model, self.params, self.mode):
+                self._depth[0] += 1
+                try:
+                    yield
+                finally:
+                    self._depth[0] -= 1
 
     def batches(self) -> Iterator[Any]:
         """Give the batches, on the model's device; what is drawn from the global generators is the same each time.
@@ -122,7 +125,8 @@ class Objective:
         size, _ = extent(batch)
         run = Batch(self.model, self.loss_fn, batch, autocast=self.autocast)
         run.per_example = per_example or self.weights is not None
-        losses = run.losses_of(batch, size)
+        with Twice():  # a shorter double backward than torch's
+            losses = run.losses_of(batch, size)
         if finite and not losses.detach().isfinite().all():
             bad = losses.detach()[~losses.detach().isfinite()][0].item()
             raise ValueError(f"the loss is {bad} in batch {self._watch.index} of the loader: nothing can be measured "
@@ -142,6 +146,7 @@ class Objective:
 
     def mean(self, total: Tensor, weight: Tensor) -> Tensor:
         """Return ``total`` over ``weight``, both summed over the ranks."""
+        agree(self.group, self.device)
         if self.group is not None:
             total, weight = total.contiguous(), weight.clone()
             dist.all_reduce(total, group=self.group)

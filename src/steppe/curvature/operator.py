@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from .. import once
 from .objective import Objective
 from .products import Likelihood, Product, empirical, fisher, gauss_newton, hessian
 
@@ -37,8 +37,8 @@ class Operator:
         kind: which of the four.
         draws: of labels of the model's own for each example, if ``kind="fisher"``; default None for their exact
             expectation. The same are drawn in every product.
-        likelihood: what the outputs mean for ``"fisher"``: ``"categorical"`` for logits (B, C), the default, or
-            ``"gaussian"`` for means at variance 1.
+        likelihood: what the outputs mean for ``"fisher"``: ``"categorical"`` for logits (B, C), or ``"gaussian"`` for
+            means at variance 1. None, the default, is categorical; a loss that is no cross-entropy is refused then.
         seed: of these draws.
         reuse: whether the batches' graphs are kept from one product to the next, while the weights do not change. By
             default they are if there is only one batch. Memory: the graphs of all batches.
@@ -62,13 +62,13 @@ class Operator:
         kind: Kind = "hessian",
         *,
         draws: int | None = None,
-        likelihood: Likelihood = "categorical",
+        likelihood: Likelihood | None = None,
         seed: int = 0,
         reuse: bool | None = None,
     ) -> None:
         if kind not in COST:
             raise ValueError(f"kind={kind!r} is none of {', '.join(map(repr, COST))}")
-        if likelihood not in ("categorical", "gaussian"):
+        if likelihood not in (None, "categorical", "gaussian"):
             raise ValueError(f'likelihood={likelihood!r} is neither "categorical" nor "gaussian"')
         if draws is not None and (draws < 1 or kind != "fisher"):
             raise ValueError(f'draws={draws!r}: at least 1, and only for kind="fisher"')
@@ -89,7 +89,7 @@ class Operator:
         with self.objective.still(), torch.enable_grad():
             for product, weights, size in self._products(reuse):
                 for j, vector in enumerate(vectors):
-                    with _twice_differentiable():
+                    with once.in_words():
                         total[:, j] += self.objective.join(product(vector, reuse or j + 1 < len(vectors)))
                     self.objective.count(COST[self.kind], size)
                 weight += weights.to(weight).sum()
@@ -129,7 +129,7 @@ class Operator:
         self.release()
         made_at, made = self._now() if reuse else [], []
         for i, batch in enumerate(self.objective.batches()):
-            with _twice_differentiable():
+            with once.in_words():
                 one = self._make(batch, i)
             self.objective.count(1, one[2])
             if reuse:
@@ -154,17 +154,3 @@ class Operator:
         flat = torch.cat([t.reshape(-1).to(self.device, self.dtype) for t in tensors])
         places = torch.arange(1, len(flat) + 1, dtype=self.dtype, device=self.device).sin_()
         return [float(flat @ places), *(number for t in tensors for number in (t._version, t.data_ptr()))]
-
-
-@contextmanager
-def _twice_differentiable() -> Iterator[None]:
-    """Say in words that a second derivative is missing."""
-    try:
-        yield
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        if not any(sign in reason for sign in ("derivative for", "differentiate twice", "double backward")):
-            raise
-        raise ValueError(
-            f"the loss is not twice differentiable and has no curvature: {reason}; replace that operation"
-        ) from error

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import rng
 from ..examples import extent, take
 from .objective import FORWARD, Objective
+from .together import agree
 
 T = TypeVar("T")
 
@@ -84,6 +85,7 @@ def gathered(objective: Objective, items: list[T]) -> list[T]:
     """Return the items of all ranks, those of rank 0 first."""
     if objective.group is None:
         return items
+    agree(objective.group, objective.device)
     lists: list[Any] = [None] * dist.get_world_size(objective.group)
     dist.all_gather_object(lists, items, group=objective.group)
     return [item for each in lists for item in each]

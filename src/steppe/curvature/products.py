@@ -8,17 +8,15 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
+from .. import once
 from ..vec import Vec
 from .objective import Objective
 
 Product: TypeAlias = Callable[[Vec, bool], Vec]
 """``product(v, keep)``: the matrix times v; ``keep`` says whether the graph is needed again."""
 Likelihood: TypeAlias = Literal["categorical", "gaussian"]
-ONCE = once_differentiable(lambda ctx: None).__code__
-"""What ``@once_differentiable`` makes of every function."""
 
 
 def hessian(objective: Objective, batch: Any) -> tuple[Product, Tensor, int]:
@@ -28,7 +26,7 @@ def hessian(objective: Objective, batch: Any) -> tuple[Product, Tensor, int]:
         1 gradient, and 2 for each product.
     """
     losses = objective.losses(batch)
-    refuse_once([losses])
+    once.refuse([losses])
     weights = objective.weights_of(batch, losses)
     slopes = objective.slopes((weights * losses).sum(), create_graph=True)
     curved = [i for i, slope in enumerate(slopes) if slope.requires_grad]
@@ -49,7 +47,7 @@ def gauss_newton(objective: Objective, batch: Any) -> tuple[Product, Tensor, int
         1 gradient, and 4/3 for each product.
     """
     outputs, leaves, losses = cut(objective, batch)
-    refuse_once([losses])
+    once.refuse([losses])
     beside = torch.autograd.grad(losses.sum(), objective.params, retain_graph=True, allow_unused=True)
     if any(slope is not None for slope in beside):
         raise ValueError("the loss depends on the parameters not only through the model's outputs, and the "
@@ -71,7 +69,7 @@ def gauss_newton(objective: Objective, batch: Any) -> tuple[Product, Tensor, int
 
 
 def fisher(
-    objective: Objective, batch: Any, likelihood: Likelihood, draws: int, generator: torch.Generator
+    objective: Objective, batch: Any, likelihood: Likelihood | None, draws: int, generator: torch.Generator
 ) -> tuple[Product, Tensor, int]:
     """Prepare products with ``Σᵢ aᵢ Jᵢᵀ E[s sᵀ] Jᵢ``, s the slope of ``−log p(y | outputs)`` with y from the model.
 
@@ -79,7 +77,8 @@ def fisher(
         objective: the mean loss; its labels take no part.
         batch: the examples.
         likelihood: ``"categorical"``: the outputs are logits, shape (B, C), and ``E[s sᵀ] = diag(p) − p pᵀ``;
-            ``"gaussian"``: they are means at variance 1, shape (B, ...), and ``E[s sᵀ] = 1``.
+            ``"gaussian"``: they are means at variance 1, shape (B, ...), and ``E[s sᵀ] = 1``;
+            None: categorical, and refused where the loss itself says otherwise.
         draws: labels drawn for each example; 0 for the exact expectation.
         generator: draws the labels.
 
@@ -88,13 +87,20 @@ def fisher(
     """
     outputs, leaves, losses = cut(objective, batch)
     weights = objective.weights_of(batch, losses)
-    used = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
-    kept = [z for z, slope in zip(outputs, used, strict=True) if slope is not None]
+    assumed, likelihood = likelihood is None, likelihood or "categorical"
+    used = torch.autograd.grad(losses.sum(), leaves, create_graph=assumed, allow_unused=True)
+    kept, curves = [], []
+    for z, leaf, slope in zip(outputs, leaves, used, strict=True):
+        if slope is not None:
+            kept.append(z)
+            curves.append((leaf, slope))
     if len(kept) != 1 or kept[0].shape[:1] != losses.shape or (likelihood == "categorical" and kept[0].ndim != 2):
         shapes = ", ".join(str(tuple(z.shape)) for z in kept)
         wanted = "logits (B, C)" if likelihood == "categorical" else "means (B, ...)"
         raise ValueError(f"the Fisher matrix needs one output, {wanted} for {len(losses)} examples; the loss uses "
                          f'{shapes or "none"}: take kind="ggn", the same for cross-entropy')  # fmt: skip
+    if assumed:
+        _refuse_regression(*curves[0])
     z = kept[0].detach()
     spread = weights.reshape(-1, *[1] * (z.ndim - 1)).to(z)
     if draws:
@@ -117,6 +123,32 @@ def fisher(
             return [spread * u[0]]
 
     return _sandwich(objective, kept, middle), weights, len(losses)
+
+
+def _refuse_regression(logits: Tensor, slope: Tensor) -> None:
+    """Raise unless the losses curve over the logits like a cross-entropy: ``c (diag(p) − p pᵀ)``, whatever the label.
+
+    c ≥ 0 is the weight of an example or of its class. A tenth of the curvature may be of another kind, as that of a
+    small penalty. A loss that is linear in the outputs, as in log-probabilities, or has no second derivative, says
+    nothing.
+    """
+    if not slope.requires_grad:
+        return
+    u = 1 + torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))  # nothing curves along 1
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    try:
+        found = _grad([slope], [logits], [u.to(logits)], retain_graph=True)[0].to(dtype)
+    except RuntimeError:
+        return
+    u, p = u.to(found), logits.detach().to(dtype).softmax(1)
+    expected = p * (u - (p * u).sum(1, keepdim=True))
+    squares = expected.square().sum(1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
+    weights = ((found * expected).sum(1, keepdim=True) / squares).clamp_min(0)
+    rounding = 100 * torch.finfo(logits.dtype).eps * u.norm()
+    if (found - weights * expected).norm() > 0.1 * (found.norm() + rounding):
+        raise ValueError("the loss is not the cross-entropy of the model's outputs, and the Fisher matrix would not be "
+                         'that of its likelihood: give likelihood="gaussian" for a regression, "categorical" if the '
+                         'outputs are logits all the same, or kind="ggn"')  # fmt: skip
 
 
 def score(outputs: Tensor, likelihood: Likelihood, generator: torch.Generator) -> Tensor:
@@ -189,7 +221,7 @@ def _hooked(model: nn.Module, hook: Any) -> Iterator[None]:
 
 def _sandwich(objective: Objective, outputs: Vec, middle: Callable[[Vec], Vec]) -> Product:
     """Return ``v ↦ Jᵀ middle(J v)``: J v is the derivative of ``Jᵀ u`` by u, so two backward passes do."""
-    refuse_once(outputs)
+    once.refuse(outputs)
     u = [torch.zeros_like(z, requires_grad=True) for z in outputs]
     pulled = torch.autograd.grad(outputs, objective.params, u, create_graph=True, materialize_grads=True)
     tied = [i for i, t in enumerate(pulled) if t.requires_grad]
@@ -199,22 +231,6 @@ def _sandwich(objective: Objective, outputs: Vec, middle: Callable[[Vec], Vec]) 
         return _grad(outputs, objective.params, middle(along), retain_graph=keep)
 
     return product
-
-
-def refuse_once(results: Vec) -> None:
-    """Raise where ``torch.autograd.grad`` does not: it takes the second derivative of these functions for 0."""
-    seen: set[Any] = set()
-    found = [t.grad_fn for t in results]
-    while found:
-        node = found.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
-        if getattr(backward, "__code__", None) is ONCE:
-            raise ValueError(f"the loss is not twice differentiable and has no curvature: {node.name()} is marked "
-                             "@once_differentiable; replace that operation")  # fmt: skip
-        found += [each for each, _ in node.next_functions]
 
 
 def _grad(of: Vec, by: Vec, along: Vec, *, retain_graph: bool) -> Vec:

@@ -31,17 +31,19 @@ class Sharpness(Sample):
     tol: float = 1e-3
     """Bound of an eigenvalue's error to be reached, relative to the eigenvalue."""
     rho: float = 0.05
-    """Radius ρ of the surrogate gap and of m-sharpness."""
+    """Radius ρ of the ascent in the surrogate gap, m-sharpness, ζ, the cosines and the PAC-Bayes bound."""
     m: int = 128
     """Images in a group of m-sharpness."""
     noise: float = 0.01
     """Size γ of the noise of average-direction sharpness, relative to each filter's norm."""
     draws: int = 10
-    """Draws of that noise."""
+    """Draws of that noise, and of the tensors that ESAM's ζ perturbs."""
     products: int = 30
     """Hessian products to estimate the trace from."""
     spectra: int = 1
     """Random vectors to estimate a spectral density from, each at the price of 40 Hessian products."""
+    kernel: int = 16
+    """Images of the neural tangent kernel, which has a row for each of them and each class."""
 
 
 @dataclass(frozen=True)
