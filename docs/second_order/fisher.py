@@ -33,7 +33,15 @@ def example(fisher: str, lr: float) -> Tensor:
     model = nn.Linear(1, 1, bias=False).double()
     nn.init.ones_(model.weight)
     opt = NaturalGradient(
-        model.parameters(), lr, fisher=fisher, likelihood="gaussian", damping=TINY, momentum=0.0, decay=0.0, n=1
+        model.parameters(),
+        lr,
+        fisher=fisher,
+        likelihood="gaussian",
+        damping=TINY,
+        momentum=0.0,
+        decay=0.0,
+        n=1,
+        kl=None,
     )
     one = torch.ones(1, 1, dtype=torch.float64)
     batch = steppe.Batch(model, lambda model, x: model(x)[:, 0].square() / 2, one)

@@ -11,7 +11,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import once, rng, vec
 from .batch import Batch
-from .twice import Twice
 from .vec import Vec
 
 

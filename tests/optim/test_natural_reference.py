@@ -83,7 +83,7 @@ def test_dense_and_diagonal(fisher, likelihood, more, option):
     model, other, batches, loss_fn = problem(likelihood)
     how = OPTIONS[option]
     groups, lr, damping = grouped(list(model.parameters()))
-    opt = NaturalGradient(groups, 0.1, fisher=fisher, likelihood=likelihood, damping=0.3, **{**how, **more})
+    opt = NaturalGradient(groups, 0.1, fisher=fisher, likelihood=likelihood, damping=0.3, **{"kl": None, **how, **more})
     params = list(other.parameters())
     wd, n = how.get("weight_decay", 0.0), how["n"]
     reference = Natural(params, lr, damping, how["momentum"], wd, how["decay"], n, how.get("kl"))
@@ -125,7 +125,9 @@ def test_layers(fisher, labels, option):
     how = {"momentum": 0.9, "decay": 0.7, "n": 2, "kl": 1e-2} if option == "stale inverses" else OPTIONS[option]
     every = 6 if option == "stale inverses" else how["n"]
     groups, lr, damping = grouped(list(model.parameters()))
-    opt = NaturalGradient(groups, 0.1, fisher=fisher, damping=0.3, labels=labels, n_inverse=every, **how)
+    opt = NaturalGradient(
+        groups, 0.1, fisher=fisher, damping=0.3, labels=labels, n_inverse=every, **{"kl": None, **how}
+    )
     params = list(other.parameters())
     wd, n = how.get("weight_decay", 0.0), how["n"]
     reference = Kronecker(params, lr, damping, how["momentum"], wd, how["decay"], n, how.get("kl"))

@@ -34,7 +34,15 @@ def martens(fisher: str, alpha: float, steps: int, damping: float = 1e-12) -> li
     """The path of θ from 1 on the one example (0, 0) with y ~ N(θ, 1)."""
     model, data = Constant(1.0), (torch.zeros(1, 1).double(), torch.zeros(1, 1).double())
     opt = NaturalGradient(
-        model.parameters(), alpha, fisher=fisher, likelihood="gaussian", damping=damping, momentum=0.0, decay=0.0, n=1
+        model.parameters(),
+        alpha,
+        fisher=fisher,
+        likelihood="gaussian",
+        damping=damping,
+        momentum=0.0,
+        decay=0.0,
+        n=1,
+        kl=None,
     )
     path = [1.0]
     for _ in range(steps):

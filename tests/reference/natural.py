@@ -58,7 +58,7 @@ def dense_fisher(params: Tensors, labels: list[list[tuple[Tensor, Tensor]]]) -> 
 
 
 class Natural:
-    """d = (F + L)^-1 g; m <- mu m + d; u = s lr m; w <- w - lr wd w - u; s such that 1/2 u'Fu <= kl.
+    """m <- mu m + g; d = (F + L)^-1 m; u = s lr d; w <- w - lr wd w - u; s such that 1/2 u'Fu <= kl.
 
     F is a running average of dense matrices, looked at every n steps.
     """
@@ -91,8 +91,8 @@ class Natural:
         return self.F
 
     def step(self, g: Tensor) -> None:
-        self.m = self.mu * self.m + self.solve(g)
-        u = self.lr * self.m
+        self.m = self.mu * self.m + g
+        u = self.lr * self.solve(self.m)
         if self.kl is not None:
             size = 0.5 * u @ self.matrix() @ u
             u = u * min(1.0, float((self.kl / size).sqrt()))
@@ -131,15 +131,13 @@ class Kronecker(Natural):
                 examples = [torch.einsum("no,ni->noi", g[i], a) for g in slopes]
                 self.average(f"S{i}", sum(((QG.T @ e @ QA) ** 2).mean(0) / len(slopes) for e in examples))
 
-    def blocks(self, now: bool) -> list[Tensor]:
-        """The dense blocks over (out, in + 1): of today's factors, or of those that were inverted."""
+    def blocks(self) -> list[Tensor]:
+        """The dense blocks over (out, in + 1), of the factors that were inverted."""
         found = []
         for i, ((lA, QA), (lG, QG)) in self.bases.items():
             Q = torch.kron(QG, QA)
             if self.corrected:
                 found.append(Q @ torch.diag(getattr(self, f"S{i}").reshape(-1)) @ Q.T)
-            elif now:
-                found.append(torch.kron(getattr(self, f"G{i}"), getattr(self, f"A{i}")))
             else:
                 found.append(Q @ torch.diag(torch.kron(lG, lA)) @ Q.T)
         return found
@@ -159,7 +157,7 @@ class Kronecker(Natural):
         return whole
 
     def matrix(self) -> Tensor:
-        return self.ordered(self.blocks(now=True))
+        return self.ordered(self.blocks())
 
     def solve(self, g: Tensor) -> Tensor:
-        return torch.linalg.solve(self.ordered(self.blocks(now=False)) + torch.diag(self.damping), g)
+        return torch.linalg.solve(self.matrix() + torch.diag(self.damping), g)

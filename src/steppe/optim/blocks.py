@@ -40,10 +40,15 @@ class Block(Protocol):
     Attributes:
         params: Its parameters, in order. The first carries the block's state.
         name: The layer's name, for messages.
+        is_exact: Whether `solve` inverts `F + λI` for every λ it is given, with the F of `quadratic`.
     """
 
     params: Vec
     name: str
+
+    @property
+    def is_exact(self) -> bool:
+        """See above."""
 
     def price(self) -> float:
         """Floating-point operations of an inversion, up to a factor that all blocks share."""

@@ -42,6 +42,7 @@ class Dense:
             raise ValueError(f'the whole Fisher matrix of {size} weights is too large, {LARGEST} are the limit: take '
                              'fisher="kfac" or "diagonal"')  # fmt: skip
         self.params, self._group_of, self._size = params, group_of, size
+        self.is_exact = False
 
     def price(self) -> float:
         """The cube of the number of weights."""

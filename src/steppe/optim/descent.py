@@ -1,4 +1,4 @@
-"""From gradients to moves: preconditioning, momentum, the trust region."""
+"""From gradients to moves: momentum, preconditioning, the trust region."""
 
 from __future__ import annotations
 
@@ -16,47 +16,66 @@ from .found import State
 Move = dict[Tensor, Tensor]
 
 
-def directions(blocks: Sequence[Block], states: Sequence[State], dampings: Sequence[float]) -> Move:
-    """Return ``(F + λI)⁻¹ g`` of the parameters that have a gradient; the others' counts as 0 in their blocks.
+def averaged(group: dict[str, Any], kept: Mapping[Tensor, State]) -> Move:
+    """Return ``m = g + μ m`` of a group's parameters that have a gradient, new tensors of at least float32.
 
     Raises:
         ValueError: if a gradient is sparse.
     """
     found: Move = {}
-    for block, state, damping in zip(blocks, states, dampings, strict=True):
-        slopes = [p.grad for p in block.params]
-        if any(g is not None and g.layout != torch.strided for g in slopes):
-            raise ValueError(f"{block.name} has a sparse gradient: build the layer with sparse=False")
-        if all(g is None for g in slopes):
+    for p in group["params"]:
+        if p.grad is None:
             continue
-        whole = [torch.zeros_like(p) if g is None else g for p, g in zip(block.params, slopes, strict=True)]
-        solved = block.solve(state, [g.to(torch.promote_types(g.dtype, torch.float32)) for g in whole], damping)
-        for p, g, d in zip(block.params, slopes, solved, strict=True):
-            if g is not None:
-                found[p] = d.contiguous()
+        if p.grad.layout != torch.strided:
+            raise ValueError(f"a parameter of shape {tuple(p.shape)} has a sparse gradient: build the layer with "
+                             "sparse=False")  # fmt: skip
+        found[p] = p.grad.to(torch.promote_types(p.grad.dtype, torch.float32), copy=bool(group["momentum"]))
+    if group["momentum"]:
+        moving = [p for p in found if "momentum" in kept.get(p, ())]
+        vec.add_([found[p] for p in moving], [kept[p]["momentum"] for p in moving], group["momentum"])
     return found
 
 
-def move(group: dict[str, Any], directions: Move, kept: Mapping[Tensor, State]) -> Move:
-    """Return ``μm + d`` of a group's parameters that have a direction, which is overwritten."""
-    weights = [p for p in group["params"] if p in directions]
-    if group["momentum"]:
-        moving = [p for p in weights if "momentum" in kept.get(p, ())]
-        vec.add_([directions[p] for p in moving], [kept[p]["momentum"] for p in moving], group["momentum"])
-    return {p: directions[p] for p in weights}
+def directions(
+    blocks: Sequence[Block], states: Sequence[State], dampings: Sequence[float], averages: Move
+) -> list[Move]:
+    """Return ``d = (F + λI)⁻¹ m`` of each block; what has no average counts as 0, and does not move."""
+    found: list[Move] = []
+    for block, state, damping in zip(blocks, states, dampings, strict=True):
+        if not any(p in averages for p in block.params):
+            found.append({})
+            continue
+        whole = [averages[p] if p in averages else torch.zeros_like(p) for p in block.params]
+        solved = block.solve(state, whole, damping)
+        found.append({p: d.contiguous() for p, d in zip(block.params, solved, strict=True) if p in averages})
+    return found
 
 
-def trust(blocks: Sequence[Block], states: Sequence[State], moves: Sequence[tuple[float, Move]], kl: float) -> float:
-    """Return the factor ``min(1, √(kl / ½uᵀFu))`` of ``u = lr·m``, the moves with their learning rates.
+def trust(
+    blocks: Sequence[Block],
+    states: Sequence[State],
+    dampings: Sequence[float],
+    averages: Move,
+    directions: Sequence[Move],
+    rates: Mapping[Tensor, float],
+    kl: float,
+) -> float:
+    """Return the factor ``min(1, √(kl / ½uᵀFu))`` of ``u = lr·d``.
+
+    Where a block is solved exactly and moves as a whole, ``dᵀFd = dᵀm − λ‖d‖²`` needs no product with F.
 
     Raises:
         ValueError: if ``uᵀFu`` is not finite.
     """
-    steps = {p: lr * m for lr, each in moves for p, m in each.items()}
     moved = 0.0
-    for block, state in zip(blocks, states, strict=True):
-        if any(p in steps for p in block.params):
-            u = [steps[p] if p in steps else torch.zeros_like(p) for p in block.params]
+    for block, state, damping, d in zip(blocks, states, dampings, directions, strict=True):
+        lrs = {rates[p] for p in d}
+        if block.is_exact and len(lrs) == 1 and len(d) == len(block.params):
+            along = vec.dot(list(d.values()), [averages[p] for p in d])
+            size = max(0.0, float(along - damping * vec.dot(list(d.values()), list(d.values()))))
+            moved += lrs.pop() ** 2 * size / 2 if math.isfinite(float(along)) else math.nan
+        elif d:
+            u = [rates[p] * d[p] if p in d else torch.zeros_like(p) for p in block.params]
             moved += float(block.quadratic(state, u)) / 2
     if not math.isfinite(moved):
         raise ValueError("the divergence of this step is not finite: choose a larger damping or a smaller lr")

@@ -27,6 +27,7 @@ class Diagonal:
 
     def __init__(self, parameter: Tensor, name: str) -> None:
         self.params, self.name = [parameter], name
+        self.is_exact = True
 
     def price(self) -> float:
         """Nothing is inverted ahead."""

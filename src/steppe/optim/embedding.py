@@ -28,6 +28,7 @@ class EmbeddingBlock:
 
     def __init__(self, layer: nn.Embedding, name: str, *, corrected: bool = False, form: Form = "tikhonov") -> None:
         self.layer, self.name, self.params = layer, name, [layer.weight]
+        self.is_exact = False
         self.corrected, self.form = corrected, form
         self.dtype = torch.promote_types(layer.weight.dtype, torch.float32)
 

@@ -63,6 +63,7 @@ class Kronecker:
         self.width = layer.weight[0].numel() * self.columns[0] + self.columns[1], len(layer.weight) // self.groups
         self.dtype = torch.promote_types(self.params[0].dtype, torch.float32)
         self.sharing, self.form = sharing, form
+        self.is_exact = form == "tikhonov"
 
     def estimate(self, seen: Seen) -> dict[str, Tensor]:
         """Return A and G, a matrix for each group of the layer."""
@@ -104,9 +105,11 @@ class Kronecker:
         return self._tensors(QG @ (rotated / (state["eigenvalues"] + damping)) @ QA.mT, gradients)
 
     def quadratic(self, state: dict[str, Tensor], d: Vec) -> Tensor:
-        """Return ``dᵀ (G ⊗ A) d``."""
+        """Return ``dᵀ (G ⊗ A) d``, with the factors that were inverted; for ``"factored"`` with those of today."""
         v = self._matrix(d)
-        return (v * (state["G"] @ v @ state["A"])).sum()
+        if self.form == "factored":
+            return (v * (state["G"] @ v @ state["A"])).sum()
+        return (state["eigenvalues"] * (state["QG"].mT @ v @ state["QA"]).square()).sum()
 
     def _matrix(self, tensors: Vec) -> Tensor:
         """Return tensors of weight and bias as one matrix for each group, (groups, out, in)."""

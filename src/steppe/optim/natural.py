@@ -24,10 +24,10 @@ from .partition import DENSE, Fisher, partition
 class NaturalGradient(SecondOrder):
     """Descent along the gradient preconditioned by the inverse of the Fisher matrix.
 
-    ``d = (F + λI)⁻¹ g``, ``m ← μm + d``, ``u = s·lr·m``, ``w ← w − lr·wd·w − u``,
-    with ``F = (1/B) Σ_n E_y[∇log p(y|x_n) ∇log p(y|x_n)ᵀ]``, y drawn from the model, and s = 1, or with a trust region
-    ``s = min(1, √(kl / ½mᵀFm·lr²))``, so that ``½uᵀFu``, the divergence KL(p(w) ‖ p(w − u)) to second order, is at most
-    ``kl``. F is a running average ``F ← decay·F + (1 − decay)·F_batch``, the first one F_batch itself.
+    ``m ← μm + g``, ``d = (F + λI)⁻¹ m``, ``u = s·lr·d``, ``w ← w − lr·wd·w − u``,
+    with ``F = (1/B) Σ_n E_y[∇log p(y|x_n) ∇log p(y|x_n)ᵀ]``, y drawn from the model, and with a trust region
+    ``s = min(1, √(kl / ½dᵀFd·lr²))``, else 1, so that ``½uᵀFu``, the divergence KL(p(w) ‖ p(w − u)) to second order, is
+    at most ``kl``. F is a running average ``F ← decay·F + (1 − decay)·F_batch``, the first one F_batch itself.
 
     Args:
         params: parameters, or parameter groups, which may have an ``lr``, ``damping``, ``momentum`` and
@@ -38,13 +38,15 @@ class NaturalGradient(SecondOrder):
             Fisher matrix and does not converge with a fixed step; its ``"diagonal"``; or blocks of layers, ``"kfac"``
             (default) and ``"ekfac"``. A parameter that K-FAC does not know gets a diagonal: see ``fallback``.
         damping: λ > 0. Default 1e-3.
-        momentum: μ, of the preconditioned gradients. Default 0.9.
+        momentum: μ, of the gradients, before they are preconditioned: so that the trust region is one for the whole
+            step. Default 0.9.
         weight_decay: decoupled decay wd. Default 0.
         decay: weight of the past in the running averages, in [0, 1). Default 0.95.
         n: steps from one look at the curvature to the next. Default 10.
         n_inverse: steps from one inversion of K-FAC's factors to the next, at looks; the other matrices are inverted at
             every look. A change of the damping waits for that too. Default 100.
-        kl: largest ½uᵀFu of a step, in nats; None (default) for no trust region.
+        kl: largest ½uᵀFu of a step, in nats, with the F that is inverted. Default 1e-3; None for no trust region,
+            with which a damping that is too small for the task ends in divergence.
         draws: labels drawn for each example; None for their exact expectation, with a backward pass for each class; a
             diagonal then takes one for each class of each example. Default 1. The dense matrices other than ``"mc"``
             have no use for it.
@@ -87,7 +89,7 @@ class NaturalGradient(SecondOrder):
         decay: float = 0.95,
         n: int = 10,
         n_inverse: int = 100,
-        kl: float | None = None,
+        kl: float | None = 1e-3,
         draws: int | None = 1,
         labels: Literal["model", "data"] = "model",
         likelihood: Likelihood = "categorical",
@@ -213,24 +215,26 @@ class NaturalGradient(SecondOrder):
         every = self.n if self.fisher in DENSE else self.n_inverse
         seen, self._found = self._found, found.Found()
         seen.enter(self._blocks, states, dampings, self.decay, self.steps % every < self.n)
-        directions = descent.directions(self._blocks, states, dampings)
-        moves = [descent.move(group, directions, self.state) for group in self.param_groups]
-        rates = [float(group["lr"]) for group in self.param_groups]
+        averages = {p: m for group in self.param_groups for p, m in descent.averaged(group, self.state).items()}
+        directions = descent.directions(self._blocks, states, dampings, averages)
+        rates = {p: float(group["lr"]) for p, group in home.items()}
         factor = 1.0
         if self.kl is not None:
-            factor = descent.trust(self._blocks, states, list(zip(rates, moves, strict=True)), self.kl)
+            factor = descent.trust(self._blocks, states, dampings, averages, directions, rates, self.kl)
         for block, state in zip(self._blocks, states, strict=True):
             kept = self.state[block.params[0]]
             kept.update({name: t for name, t in state.items() if name not in ("step", "momentum")})
             for p in block.params:
                 self.state[p]["step"] = self.state[p].get("step", torch.zeros(())) + 1
-        for group, lr, move in zip(self.param_groups, rates, moves, strict=True):
+        moves = {p: d for each in directions for p, d in each.items()}
+        for group in self.param_groups:
+            params, lr = [p for p in group["params"] if p in moves], float(group["lr"])
             if group["momentum"]:
-                for p, m in move.items():
-                    self.state[p]["momentum"] = m
+                for p in params:
+                    self.state[p]["momentum"] = averages[p]
             if group["weight_decay"]:
-                vec.scale_(list(move), 1 - lr * group["weight_decay"])
-            vec.add_(list(move), [m.to(p.dtype) for p, m in move.items()], -lr * factor)
+                vec.scale_(params, 1 - lr * group["weight_decay"])
+            vec.add_(params, [moves[p].to(p.dtype) for p in params], -lr * factor)
 
     def _refreshes(self) -> bool:
         """Whether the curvature is due: by the count of steps, or since there is none of a parameter."""

@@ -35,6 +35,7 @@ class NormBlock:
         self.layer, self.name, self.params = layer, name, list(own.values())
         self.names, self.full = list(own), full
         self.size = sum(p.numel() for p in self.params)
+        self.is_exact = False
         self.dtype = torch.promote_types(self.params[0].dtype, torch.float32)
 
     def estimate(self, seen: Seen) -> dict[str, Tensor]:
