@@ -9,7 +9,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import nets
+import steppe
+from steppe.products import hessian_product
 from steppe.twice import Twice
 
 CASES = {
@@ -148,3 +152,29 @@ def test_functions_with_keywords():
     x, w = torch.randn(2, 3, 5, 5, requires_grad=True), torch.randn(4, 3, 3, 3)
     with Twice():
         torch.testing.assert_close(F.conv2d(x, weight=w, padding=1), F.conv2d(x, w, None, 1, 1))
+
+
+class Kernels(TorchDispatchMode):
+    """The largest kernel that any convolution inside runs with."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "convolution" in func.__name__ and "backward" not in func.__name__:
+            self.largest = max(self.largest, *args[1].shape[2:])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("how", ["a step's", "a measurement's"])
+def test_products_go_the_short_way(how):
+    """Torch's double backward runs convolutions whose kernels are the image."""
+    layers = nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 3, 3, padding=1), nn.AdaptiveAvgPool2d(1)
+    model, data = nn.Sequential(*layers, nn.Flatten()).double(), nets.data(2, 9, 9)
+    params = list(model.parameters())
+    with Kernels() as kernels:
+        if how == "a step's":
+            hessian_product(steppe.Batch(model, nets.losses, data), params, [torch.ones_like(p) for p in params])
+        else:
+            objective = steppe.curvature.Objective(model, nets.losses, [data])
+            steppe.curvature.Operator(objective) @ torch.ones(objective.size, dtype=torch.float64)
+    assert kernels.largest == 3

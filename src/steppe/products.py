@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import once, rng, vec
 from .batch import Batch
+from .twice import Twice
 from .vec import Vec
 
 
@@ -59,7 +60,8 @@ def with_products(
         stack.enter_context(batch.ranks.reducing(False))
         for i, (data, count) in enumerate(batch.chunks(rows)):
             begin(i)
-            losses = batch.losses_of(data, count)
+            with Twice():
+                losses = batch.losses_of(data, count)
             once.refuse([losses])
             loss = losses.sum() * (weight / size)
             loss = loss if scaler is None else scaler.scale(loss)
