@@ -64,8 +64,8 @@ class Case:
 CASES = {
     "digits": Case("digits, CNN, training loss 0.05", "digits", None, "cnn", None, 0.05, 800),
     "cifar10": Case(
-        "CIFAR-10, 2 500 images, ResNet-20 of width 8, training loss 1.0",
-        "../shared/data/cifar10", 2500, "resnet20", 8, 1.0, 800,
+        "CIFAR-10, 2 500 images, ResNet-20 of width 8, training loss 1.5",
+        "../shared/data/cifar10", 2500, "resnet20", 8, 1.5, 400,
     ),
 }  # fmt: skip
 
@@ -157,7 +157,9 @@ def main() -> None:
             table.add_column(heading)
         with Bar(sum(len(GRIDS[name]) + 3 for name in args.bases)) as bar:
             for name in args.bases:
-                table.add_row(*row(case, name, args.seeds, bar))
+                cells = row(case, name, args.seeds, bar)
+                bar.say(" · ".join(cells))
+                table.add_row(*cells)
         console.print(table)
     console.print(f"\n`python benchmarks/steps_to_loss.py`, {described()}, {args.threads} threads, {args.seeds} seeds")
 

@@ -31,13 +31,6 @@ CASES = {
     "batch norm without statistics": (lambda: nn.BatchNorm2d(3, track_running_stats=False), (4, 3, 3, 2)),
     "batch norm by statistics": (lambda: nn.BatchNorm2d(3).eval(), (4, 3, 3, 2)),
     "batch norm by statistics, without weights": (lambda: nn.BatchNorm2d(3, affine=False).eval(), (4, 3, 3, 2)),
-    "layer norm": (lambda: nn.LayerNorm(5), (2, 4, 5)),
-    "layer norm over two": (lambda: nn.LayerNorm((4, 5)), (3, 4, 5)),
-    "layer norm of a vector": (lambda: nn.LayerNorm(5), (5,)),
-    "layer norm without weights": (lambda: nn.LayerNorm(5, elementwise_affine=False), (2, 4, 5)),
-    "layer norm without bias": (lambda: nn.LayerNorm(5, bias=False), (2, 4, 5)),
-    "gelu": (lambda: nn.GELU(), (3, 4)),
-    "gelu by tanh": (lambda: nn.GELU("tanh"), (3, 4)),
     "group norm": (lambda: nn.GroupNorm(2, 4), (3, 4, 5)),
 }
 
@@ -121,9 +114,8 @@ def test_third_derivatives_are_right(name):
     close(third(layer, x, True), third(layer, x, False))
 
 
-@pytest.mark.parametrize("name", ["batch norm", "layer norm", "gelu"])
-def test_other_third_derivatives_are_refused_rather_than_wrong(name):
-    layer, x = made(name)
+def test_third_derivatives_of_batch_norm_are_refused_rather_than_wrong():
+    layer, x = made("batch norm")
     with pytest.raises(RuntimeError, match="no third derivative"):
         third(layer, x, True)
 

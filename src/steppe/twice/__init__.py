@@ -1,8 +1,8 @@
 """Layers whose second derivative torch takes the long way, with a shorter one.
 
 Double backward through a convolution runs convolutions with kernels as large as the image, and through batch norm some
-seventy passes over the activations. Both, and layer norm and GELU, have formulas made of the kernels that the first
-backward uses. Values and derivatives are torch's own but for rounding.
+seventy passes over the activations. Both have formulas made of the kernels that the first backward uses. Values and
+derivatives are torch's own but for rounding. (Layer norm and GELU have such formulas too, and gain nothing by them.)
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from . import activations, convolutions, norms
+from . import convolutions, norms
 
 
 class Twice(TorchFunctionMode):
@@ -43,8 +43,6 @@ REPLACED: Mapping[Any, Callable[..., Tensor]] = {
     torch.conv2d: convolutions.convolve,
     torch.conv3d: convolutions.convolve,
     F.batch_norm: norms.batch_norm,
-    F.layer_norm: norms.layer_norm,
-    F.gelu: activations.gelu,
 }
 
 

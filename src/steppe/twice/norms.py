@@ -1,7 +1,7 @@
-"""Batch norm and layer norm: their double backward by the kernels of the first.
+"""Batch norm: its double backward by the kernels of the first.
 
-``y = γ x̂ + β`` with ``x̂ = r (x − mean)``, r one over the standard deviation, both over the D entries of a channel or a
-row. The Jacobian ``J = ∂x̂/∂x = r (1 − 11ᵀ/D − x̂x̂ᵀ/D)`` is symmetric, so a gradient g gives ``∂x = J(γg)``,
+``y = γ x̂ + β`` with ``x̂ = r (x − mean)``, r one over the standard deviation, both over the D entries of a
+channel. The Jacobian ``J = ∂x̂/∂x = r (1 − 11ᵀ/D − x̂x̂ᵀ/D)`` is symmetric, so a gradient g gives ``∂x = J(γg)``,
 ``∂γ = Σ g x̂``, ``∂β = Σ g``. Cotangents a, u, v of these three then give
 
     by g:  γ Ja + u x̂ + v
@@ -11,14 +11,11 @@ row. The Jacobian ``J = ∂x̂/∂x = r (1 − 11ᵀ/D − x̂x̂ᵀ/D)`` is sym
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import Function
-
-from .third import refuse_third
 
 
 def batch_norm(
@@ -43,20 +40,6 @@ def batch_norm(
         shift = shift if bias is None else shift + bias
         return torch.addcmul(_along(shift, input), input, _along(scale, input))
     result: Tensor = _BatchNorm.apply(input, weight, bias, running_mean, running_var, momentum, eps)  # type: ignore[no-untyped-call]
-    return result
-
-
-def layer_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    """Return what ``torch.nn.functional.layer_norm`` does; NotImplemented where that does it itself."""
-    if input.dtype not in (torch.float32, torch.float64) or not input.numel():
-        return NotImplemented  # type: ignore[no-any-return]
-    result: Tensor = _LayerNorm.apply(input, list(normalized_shape), weight, bias, eps)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -118,7 +101,8 @@ class _BatchSlopes(Function):
 
     @staticmethod
     def backward(ctx: Any, a: Tensor | None, u: Tensor | None, v: Tensor | None) -> tuple[Tensor | None, ...]:
-        refuse_third()
+        if torch.is_grad_enabled():
+            raise RuntimeError("batch norm has no third derivative here: no create_graph=True in the second backward")
         g, x, weight, center, r, slope, along = ctx.saved_tensors
         scale = torch.ones_like(center) if weight is None else weight
         zero = torch.zeros_like(center)
@@ -144,72 +128,3 @@ class _BatchSlopes(Function):
             by_x = torch.addcmul(_along(-tilt * center, x), x, _along(tilt, x))
             by_x.addcmul_(pulled, _along(part * along, x)).addcmul_(slope, _along(part * across + u_, x))
         return by_g, by_x, by_weight, None, None, None
-
-
-class _LayerNorm(Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
-    ) -> Tensor:
-        y, center, r = torch.native_layer_norm(x, shape, weight, bias, eps)
-        ctx.save_for_backward(x, weight, center, r)
-        ctx.shape = shape
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        by_x, by_weight, by_bias = _RowSlopes.apply(g, *ctx.saved_tensors, ctx.shape)  # type: ignore[no-untyped-call]
-        needs = ctx.needs_input_grad
-        return by_x, None, by_weight if needs[2] else None, by_bias if needs[3] else None, None
-
-
-class _RowSlopes(Function):
-    """The first backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, g: Tensor, x: Tensor, weight: Tensor | None, center: Tensor, r: Tensor, shape: list[int]
-    ) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        slope, along, total = _rows(g, x, weight, center, r, shape)
-        ctx.save_for_backward(g, x, weight, center, r, slope)
-        ctx.shape = shape
-        return slope.clone(), along, total
-
-    @staticmethod
-    def backward(ctx: Any, a: Tensor | None, u: Tensor | None, v: Tensor | None) -> tuple[Tensor | None, ...]:
-        refuse_third()
-        (g, x, weight, center, r, slope), shape = ctx.saved_tensors, ctx.shape
-        inner, outer = list(range(x.ndim - len(shape), x.ndim)), list(range(x.ndim - len(shape)))
-        count = x.numel() // r.numel()
-        normal = (x - center) * r
-        by_g = by_x = by_weight = None
-        pulled = _rows(a, x, None, center, r, shape)[0] if a is not None else None
-        if ctx.needs_input_grad[2] and pulled is not None:
-            product = g * pulled
-            by_weight = product.sum(outer) if outer else product
-        if ctx.needs_input_grad[0]:
-            by_g = torch.zeros_like(g) if pulled is None else pulled * weight if weight is not None else pulled.clone()
-            by_g = by_g if u is None else by_g.addcmul_(normal, u)
-            by_g = by_g if v is None else by_g.add_(v)
-        if ctx.needs_input_grad[1]:
-            by_x = torch.zeros_like(x) if u is None else _rows(g, x, u, center, r, shape)[0]
-            if a is not None:
-                assert pulled is not None
-                scaled = g if weight is None else g * weight
-                part = -r / count
-                by_x = by_x.addcmul(normal, part * (a * slope).sum(inner, keepdim=True))
-                by_x.addcmul_(pulled, part * (scaled * normal).sum(inner, keepdim=True))
-                by_x.addcmul_(slope, part * (a * normal).sum(inner, keepdim=True))
-        return by_g, by_x, by_weight, None, None, None
-
-
-def _rows(
-    v: Tensor, x: Tensor, weight: Tensor | None, center: Tensor, r: Tensor, shape: list[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``J(γv)`` of each row, ``Σ v x̂`` and ``Σ v`` over the rows."""
-    one = v.new_ones(shape)
-    found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_layer_norm_backward(
-        v.contiguous(), x.contiguous(), shape, center, r, one if weight is None else weight, one, [True, True, True]
-    )
-    return found
