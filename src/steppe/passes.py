@@ -220,11 +220,11 @@ class Passes(Wrapper):
             )
             self.stats.count(size)
             self.stats.count(size, forward=self.base.extra[0], backward=self.base.extra[1])
-            return losses
-        losses = source.backward(picked, rows=rows, again=again, reduce=reduce, weight=weight, scaler=scaler)
-        if picked is not None and reduce and not source.ranks.sharded:
+        else:
+            losses = source.backward(picked, rows=rows, again=again, reduce=reduce, weight=weight, scaler=scaler)
+            self.stats.count(size, share=share, backward=int(share > 0))
+        if picked and reduce and not source.ranks.sharded:
             source.ranks.mean_gradients(picked)
-        self.stats.count(size, share=share, backward=int(share > 0))
         return losses
 
     def _looks(self, share: float) -> bool:

@@ -81,7 +81,7 @@ class SecondOrder(Optimizer):
             share: the batch's share of the step, where a step runs on several; they add up to 1.
             rows: as in ``Batch.backward``, and so are ``again``, ``reduce``, ``weight`` and ``scaler``.
             again: see ``rows``.
-            reduce: of the gradient only: curvature is always averaged over the ranks.
+            reduce: of the gradient, where ``params`` is None; curvature is always averaged over the ranks.
             weight: see ``rows``.
             scaler: see ``rows``; the curvature is that of the loss as it was before.
 

@@ -161,8 +161,8 @@ class AdaHessian(SecondOrder):
         for p, slope in zip(wanted, gradient, strict=True):
             if slope is not None and p in kept:
                 p.grad = slope if p.grad is None else p.grad.add_(slope)
-        if reduce and chosen:
-            batch.ranks.mean_gradients(chosen)
+        if reduce and params is None:
+            batch.ranks.mean_gradients(wanted)
         scale = 1.0 if scaler is None else scaler.get_scale()
         diagonal = _diagonal(probes, along, share / (scale * self.probes))
         batch.ranks.mean_(diagonal)
