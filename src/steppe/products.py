@@ -47,7 +47,9 @@ def with_products(
         A propagation, and 2 for each direction.
     """
     if batch.ranks.sharded:
-        raise ValueError("a sharded model has no Hessian-vector product: leave what needs it out")
+        raise ValueError(
+            "a sharded model has no Hessian-vector product: leave the second-order term, or the second-order base, out"
+        )
     size, found = batch.size if rows is None else len(rows), []
     gradient: list[Tensor | None] = [None] * len(params)
     products = [[torch.zeros_like(p) for p in params] for _ in directions]

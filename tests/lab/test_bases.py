@@ -74,7 +74,7 @@ def test_values_come_from_the_expression_then_the_setting_then_the_preset():
         config = configure(setting, "sgd", 0, base=base)
         return config.base, config.lr, config.momentum, config.weight_decay
 
-    adamw = (0.003, 0.9, 0.1)
+    adamw = (0.0003, 0.9, 0.01)
     assert values(TINY, "sgd") == ("sgd", 0.1, 0.9, 5e-4)
     assert values(TINY, "adamw") == ("adamw", *adamw)
     assert values(replace(TINY, lr=0.5), "adamw") == ("adamw", 0.5, *adamw[1:])
@@ -140,7 +140,7 @@ def test_every_method_runs_on_every_base_beside_the_others(two_bases):
     _, runs = two_bases
     assert [(run.config.base, run.config.lr, run.config.method) for run in runs if run.config.seed == 1] == [
         (base, lr, method)
-        for base, lr in (("adamw", 0.003), ("sgd", 0.1), ("adamw", 0.01))
+        for base, lr in (("adamw", 0.0003), ("sgd", 0.1), ("adamw", 0.01))
         for method in ("sam()", "sgd()")
     ]
 
@@ -149,17 +149,17 @@ def test_all_are_held_against_sgd_on_the_first_base(two_bases):
     _, runs = two_bases
     found = {row.label: row for row in rows(runs)}
     assert list(found) == [
-        "sam() on adamw, lr=0.003",
-        "sgd() on adamw, lr=0.003",
+        "sam() on adamw, lr=0.0003",
+        "sgd() on adamw, lr=0.0003",
         "sam()",
         "sgd()",
         "sam() on adamw, lr=0.01",
         "sgd() on adamw, lr=0.01",
     ]
-    assert [label for label, row in found.items() if row.difference is None] == ["sgd() on adamw, lr=0.003"]
+    assert [label for label, row in found.items() if row.difference is None] == ["sgd() on adamw, lr=0.0003"]
     accuracy = {(run.config.title, run.config.lr, run.config.seed): run.accuracy for run in runs}
     for label, (title, lr) in {"sgd()": ("sgd()", 0.1), "sam() on adamw, lr=0.01": ("sam() on adamw", 0.01)}.items():
-        pairs = [accuracy[title, lr, seed] - accuracy["sgd() on adamw", 0.003, seed] for seed in (0, 1)]
+        pairs = [accuracy[title, lr, seed] - accuracy["sgd() on adamw", 0.0003, seed] for seed in (0, 1)]
         assert found[label].difference.mean == pytest.approx(sum(pairs) / 2)
         assert found[label].difference.n == 2
 
@@ -167,13 +167,13 @@ def test_all_are_held_against_sgd_on_the_first_base(two_bases):
 def test_the_table_has_the_base_as_a_column(two_bases):
     out, _ = two_bases
     lines = (out / "report.md").read_text().splitlines()
-    assert lines[2].startswith("| method | base | test accuracy (%) | seeds | difference to sgd on adamw, lr=0.003 |")
+    assert lines[2].startswith("| method | base | test accuracy (%) | seeds | difference to sgd on adamw, lr=0.0003 |")
     assert lines[3].startswith("| --- | --- | ---: |")
     names = [tuple(cell.strip() for cell in line.split("|")[1:3]) for line in lines[4:10]]
     assert names == [
-        (method, base) for base in ("adamw, lr=0.003", "sgd", "adamw, lr=0.01") for method in ("sam()", "sgd()")
+        (method, base) for base in ("adamw, lr=0.0003", "sgd", "adamw, lr=0.01") for method in ("sam()", "sgd()")
     ]
-    assert "Peak learning rates: adamw 0.003, sgd 0.1, adamw 0.01." in lines
+    assert "Peak learning rates: adamw 0.0003, sgd 0.1, adamw 0.01." in lines
     records = [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]
     assert {record["base"] for record in records} == {"adamw", "sgd"}
 
@@ -223,4 +223,4 @@ def test_the_bases_are_listed(capsys):
     written = capsys.readouterr().out
     for name in BASES:
         assert f"{name}(" in written
-    assert "adamw(lr=0.003, momentum=0.9, weight_decay=0.1)" in written
+    assert "adamw(lr=0.0003, momentum=0.9, weight_decay=0.01)" in written

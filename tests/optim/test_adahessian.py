@@ -19,6 +19,7 @@ from steppe.optim.adahessian import AdaHessian
 from steppe.optim.differences import with_differences
 from steppe.products import with_products
 
+PLAIN = (torch.Tensor, nn.Parameter)  # not the fakes that compilation leaves
 TINY = 1e-30  # for eps, where the step is to be Newton's own
 
 
@@ -218,7 +219,7 @@ def graphs():
 
 
 def alive():
-    parts = {t.data_ptr(): t.nbytes for t in gc.get_objects() if issubclass(type(t), torch.Tensor)}
+    parts = {t.data_ptr(): t.nbytes for t in gc.get_objects() if type(t) in PLAIN}
     return sum(parts.values())
 
 

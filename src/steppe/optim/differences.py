@@ -50,7 +50,9 @@ def with_differences(
         A propagation, and 1 for each direction.
     """
     if batch.ranks.sharded:
-        raise ValueError("a sharded model has no Hessian-vector product: leave what needs it out")
+        raise ValueError(
+            "a sharded model has no Hessian-vector product: leave the second-order term, or the second-order base, out"
+        )
     if rounding.is_low(params) or batch.autocast is not None:
         raise ValueError('product="difference" drowns in the rounding of bf16 and fp16: take product="exact"')
     if not batch.replay:
