@@ -6,7 +6,8 @@ In every round each contender takes one step, in an order that is shuffled; a ro
 K-FAC's inverses. A step's time is divided by plain SGD's in the same round. Of these ratios, steps of one kind have one
 median, and the kinds are weighed by their shares: AdaHessian with n = 5 has a product on every fifth step; K-FAC has
 new factors on every 10th and new inverses on every 100th, and the first round has both. Plain SGD is the loop of
-torch's tutorials, without this library, and with torch's fused attention.
+torch's tutorials, without this library, and with torch's fused attention. One contender goes without `steppe.twice`:
+its double backward of convolutions and batch norm is torch's own.
 
 The second table is the error of the product that is taken as a difference of two gradients, against the exact one with
 the same probes: ‖D' − D‖/‖D‖ of the diagonal that is made of it (averaged in space), in float32, in training mode, for
@@ -20,7 +21,9 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +36,7 @@ import steppe
 from machine import described
 from steppe.lab import models
 from steppe.second_order import SecondOrder
+from steppe.twice import REPLACED
 
 LIMITS = {
     "AdaHessian, n=1": {"resnet20": 3.8, "vit": 3.4},
@@ -44,6 +48,7 @@ CASES: dict[str, tuple[str, Callable[[], nn.Module], int]] = {
     "resnet20": ("ResNet-20, batch 128", lambda: models.build("resnet20"), 128),
     "vit": ("ViT, width 192, batch 32", lambda: models.build("vit", width=192), 32),
 }
+LONG = "AdaHessian, n=1, without steppe.twice"
 WARM = 10
 """Steps of AdaHessian before the second error is taken."""
 
@@ -52,6 +57,7 @@ def contenders() -> dict[str, Callable[[Any], SecondOrder]]:
     """The bases, by the names of their rows."""
     return {
         "AdaHessian, n=1": lambda params: steppe.optim.AdaHessian(params, lr=1e-3),
+        LONG: lambda params: steppe.optim.AdaHessian(params, lr=1e-3),
         "AdaHessian, n=5": lambda params: steppe.optim.AdaHessian(params, lr=1e-3, n=5),
         "AdaHessian, n=1, difference": lambda params: steppe.optim.AdaHessian(params, lr=1e-3, product="difference"),
         "K-FAC, n=10, n_inverse=100": lambda params: steppe.optim.NaturalGradient(
@@ -88,15 +94,16 @@ def plain(case: str) -> Callable[[], str]:
     return step
 
 
-def ours(case: str, make: Callable[[Any], SecondOrder]) -> Callable[[], str]:
-    """A second-order base alone; a step's kind is what it had to look at."""
+def ours(case: str, make: Callable[[Any], SecondOrder], short: bool) -> Callable[[], str]:
+    """A second-order base alone, with the short double backward or without; a step's kind is what it had to look at."""
     model, batch = fresh(case)
     base = make(model.parameters())
     inverse = getattr(base, "n_inverse", 1)
 
     def step() -> str:
         number = base.steps
-        base.step(steppe.Batch(model, losses, batch))
+        with nullcontext() if short else patch.dict(REPLACED, clear=True):
+            base.step(steppe.Batch(model, losses, batch))
         if number % base.n:
             return "between"
         return "inverses" if inverse > 1 and number % inverse == 0 else "look"
@@ -113,7 +120,7 @@ def shares(name: str) -> dict[str, float]:
 
 def measure(case: str, rounds: int) -> dict[str, float]:
     """Each contender's step over plain SGD's, and plain SGD's seconds."""
-    steps = {"sgd": plain(case), **{name: ours(case, make) for name, make in contenders().items()}}
+    steps = {"sgd": plain(case), **{name: ours(case, make, name != LONG) for name, make in contenders().items()}}
     found: dict[tuple[str, str], list[float]] = {}
     seconds = []
     plain(case)()  # thread pools warm up

@@ -173,6 +173,16 @@ def test_a_step_that_fails_leaves_nothing_behind():
         assert state["curvature"].isfinite().all()
 
 
+def test_after_a_wrapped_step_that_failed_the_base_takes_its_own():
+    opt, base, model, data = made("sam()")
+    twin, _, other, _ = made("sam()")
+    with pytest.raises(ValueError, match="loss is nan"):
+        step(opt, model, data, loss_fn=lambda model, batch: nets.losses(model, batch) * float("nan"))
+    for each, net in ((base, model), (twin.base, other)):
+        assert each.step(steppe.Batch(net, nets.losses, data)).isfinite()
+    assert all(map(torch.equal, weights(model), weights(other)))
+
+
 def test_alone_a_loss_that_is_not_finite_leaves_the_weights():
     model, data = nets.mlp()
     base = Scaled(model.parameters())

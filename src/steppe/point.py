@@ -5,7 +5,6 @@ The protocols carry defaults, so a part states only what is special about it.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
@@ -13,6 +12,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Generator, Tensor
 
+from . import rng
 from .vec import Vec
 
 State = MutableMapping[Tensor, dict[str, Any]]
@@ -102,8 +102,7 @@ class Point:
 
     def generator(self, purpose: str, device: torch.device | str = "cpu") -> Generator:
         """Return a fresh generator, a function of (seed, step, group, purpose): the same on all ranks."""
-        key = hashlib.blake2b(f"{self.seed}/{self.step}/{self.group}/{purpose}".encode(), digest_size=8).digest()
-        return Generator(device).manual_seed(int.from_bytes(key, "little") >> 1)
+        return rng.seeded(f"{self.seed}/{self.step}/{self.group}/{purpose}", device)
 
 
 class When(Protocol):

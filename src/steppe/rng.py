@@ -1,7 +1,8 @@
-"""The global random generators: read, replayed, and left as they were found."""
+"""The global random generators: read, replayed, and left as they were found; and generators of one's own."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeAlias
@@ -46,6 +47,12 @@ def put_back(wanted: States) -> None:
             torch.set_rng_state(state)
         else:
             torch.get_device_module(device).set_rng_state(state, *_which(device))
+
+
+def seeded(text: str, device: torch.device | str) -> torch.Generator:
+    """Return a fresh generator, a function of the text."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def _which(device: torch.device) -> list[torch.device]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
@@ -12,7 +11,7 @@ from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from . import checks, vec
+from . import checks, rng, vec
 from .batch import Batch
 from .method import Method
 from .vec import Vec
@@ -145,9 +144,9 @@ class SecondOrder(Optimizer):
         Cost:
             ``cost()`` propagations on average.
         """
-        is_prepared = closure is None and all(group["lr"] == 0 for group in self.param_groups)
-        if self._handed or is_prepared:  # torch.distributed.checkpoint has the state made by a step with lr = 0
-            self._handed = False
+        handed, self._handed = self._handed, False
+        # torch.distributed.checkpoint has the state made by a step with lr = 0
+        if closure is None and (handed or all(group["lr"] == 0 for group in self.param_groups)):
             self.update()
             return None
         batch = self._source(closure)
@@ -194,8 +193,7 @@ class SecondOrder(Optimizer):
 
     def generator(self, purpose: str, device: torch.device | str = "cpu") -> Generator:
         """Return a fresh generator, a function of (seed, step, purpose): the same on all ranks."""
-        key = hashlib.blake2b(f"{self.seed}/{self.steps}/{purpose}".encode(), digest_size=8).digest()
-        return Generator(device).manual_seed(int.from_bytes(key, "little") >> 1)
+        return rng.seeded(f"{self.seed}/{self.steps}/{purpose}", device)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned; the state keeps its types, which may be wider than the weights'."""

@@ -6,13 +6,14 @@ import torch
 
 import steppe
 from steppe.cli import main
-from steppe.lab import models
+from steppe.lab import data, models
+from steppe.lab.augment import normalize
 from steppe.lab.bases import BASES, read, write
 from steppe.lab.config import Config, Setting
 from steppe.lab.report import rows, write_report
 from steppe.lab.run import Run
 from steppe.lab.study import compare, configure
-from steppe.lab.train import step_memory
+from steppe.lab.train import cross_entropy, step_memory
 from steppe.lab.trained import find, grouped
 from steppe.lab.tune import tune, write_choice
 
@@ -224,3 +225,17 @@ def test_the_bases_are_listed(capsys):
     for name in BASES:
         assert f"{name}(" in written
     assert "adamw(lr=0.0003, momentum=0.9, weight_decay=0.01)" in written
+
+
+@pytest.mark.parametrize("kl", [None, "default"])
+def test_a_natural_gradient_as_it_comes_learns_the_digits_and_diverges_without_its_trust_region(kl):
+    digits = data.load("digits", seed=0, label_noise=0.0)
+    images = normalize(digits.train.images, digits.mean, digits.std)
+    torch.manual_seed(0)
+    network = models.build("cnn", channels=1, size=8)
+    opt = steppe.optim.NaturalGradient(network.parameters(), **({"kl": None} if kl is None else {}))
+    losses = [
+        opt.step(steppe.Batch(network, cross_entropy, (images[i : i + 64], digits.train.labels[i : i + 64])))
+        for i in 2 * list(range(0, 960, 64))
+    ]
+    assert (losses[-1] > 100) if kl is None else (losses[-1] < 1)

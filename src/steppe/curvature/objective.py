@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -270,8 +269,7 @@ class Objective:
 
     def generator(self, seed: int, purpose: str) -> torch.Generator:
         """Return a generator on the device of the flat vectors, a function of seed and purpose."""
-        digest = hashlib.blake2b(f"{seed} {purpose}".encode(), digest_size=8).digest()
-        return torch.Generator(self.device).manual_seed(int.from_bytes(digest, "little") >> 1)
+        return rng.seeded(f"{seed} {purpose}", self.device)
 
     def _some(self) -> str:
         return self.names[0] if len(self.names) == 1 else f"the {len(self.names)} parameters {self.names[0]}, ..."

@@ -44,7 +44,8 @@ class NaturalGradient(SecondOrder):
         decay: weight of the past in the running averages, in [0, 1). Default 0.95.
         n: steps from one look at the curvature to the next. Default 10.
         n_inverse: steps from one inversion of K-FAC's factors to the next, at looks; the other matrices are inverted at
-            every look. A change of the damping waits for that too. Default 100.
+            every look. A change of the damping waits for that with the whole matrix and with ``form="factored"``, and
+            holds at once else. Default 100.
         kl: largest ½uᵀFu of a step, in nats, with the F that is inverted. Default 1e-3; None for no trust region,
             with which a damping that is too small for the task ends in divergence.
         draws: labels drawn for each example; None for their exact expectation, with a backward pass for each class; a

@@ -2,7 +2,7 @@
 
 Double backward through a convolution runs convolutions with kernels as large as the image, and through batch norm some
 seventy passes over the activations. Both have formulas made of the kernels that the first backward uses. Values and
-derivatives are torch's own but for rounding. (Layer norm and GELU have such formulas too, and gain nothing by them.)
+derivatives are torch's own but for rounding.
 """
 
 from __future__ import annotations
@@ -19,11 +19,7 @@ from . import convolutions, norms
 
 
 class Twice(TorchFunctionMode):
-    """Inside, what a model computes has a graph that is cheap to differentiate twice.
-
-    Cost:
-        On the CPU, of a gradient and a Hessian product in training mode: see docs/benchmarks.md.
-    """
+    """Inside, what a model computes has a graph that is cheap to differentiate twice."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -38,7 +34,7 @@ class Twice(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-REPLACED: Mapping[Any, Callable[..., Tensor]] = {
+REPLACED: dict[Any, Callable[..., Tensor]] = {
     torch.conv1d: convolutions.convolve,
     torch.conv2d: convolutions.convolve,
     torch.conv3d: convolutions.convolve,
