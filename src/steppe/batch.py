@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -193,12 +193,12 @@ class Batch:
 
     def losses_of(self, data: Any, count: int) -> Tensor:
         """Return the losses of one micro-batch of so many examples, with their graph, shape (count,)."""
-        with ExitStack() as stack:
-            if self._wide:
-                data = to_float32(data)
-                stack.enter_context(torch.autocast(self.device.type, enabled=False))
-            elif self.autocast is not None:
-                stack.enter_context(torch.autocast(self.device.type, self.autocast))
+        precision: AbstractContextManager[Any] = nullcontext()
+        if self._wide:
+            data, precision = to_float32(data), torch.autocast(self.device.type, enabled=False)
+        elif self.autocast is not None:
+            precision = torch.autocast(self.device.type, self.autocast)
+        with precision:
             losses = self.loss_fn(self.model, data)
         if isinstance(losses, Tensor) and losses.ndim == 0:
             if self.per_example and count > 1:
@@ -253,22 +253,31 @@ class Batch:
     @contextmanager
     def running(self, again: bool, rows: Tensor | None = None) -> Iterator[Callable[[int], None]]:
         """Run a pass; ``again`` holds the statistics and replays the first pass's random numbers, if there was one."""
-        with ExitStack() as stack:
-            begin: Callable[[int], None] = lambda _: None  # noqa: E731
-            if again or self._still:
-                stack.enter_context(norms.held(self.model, self.hold))
-            elif len(self._parts) > 1 or self._micro > 1:
-                begin = stack.enter_context(norms.pooled(self.model, [n for _, n in self.chunks(rows)], self.hold))
-            if not again:
-                self._before = rng.states(self.devices())
-            elif self._before is not None and self.replay:
-                stack.enter_context(rng.replay(self._before))
-            stack.enter_context(caches.forgotten())
+        if not again:
+            self._before = rng.states(self.devices())
+        replayed = again and self.replay and self._before is not None
+        with (
+            self._statistics(again, rows) as begin,
+            rng.replay(self._before) if replayed else nullcontext(),
+            caches.forgotten(),
+        ):
             self.ranks.reshard()
-            yield begin
+            yield begin or _nothing
+
+    def _statistics(self, again: bool, rows: Tensor | None) -> AbstractContextManager[Callable[[int], None] | None]:
+        """Return what holds the statistics, or moves them once; in one piece torch moves them as ever."""
+        if again or self._still:
+            return norms.held(self.model, self.hold)
+        if len(self._parts) > 1 or self._micro > 1:
+            return norms.pooled(self.model, [n for _, n in self.chunks(rows)], self.hold)
+        return nullcontext()
 
     def devices(self) -> set[torch.device]:
         """Return the devices of the data and of the parameters."""
         if not torch.accelerator.is_available():
             return {self.device}
         return {self.device, *(p.device for p in self.model.parameters())}
+
+
+def _nothing(_: int) -> None:
+    """Begin a micro-batch whose statistics need nothing."""

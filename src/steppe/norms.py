@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -14,6 +14,8 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 Hold: TypeAlias = Callable[[Any], AbstractContextManager[Any]]
+Change: TypeAlias = tuple[object, str, Any]
+"""An object, and the value that one of its attributes is to have."""
 
 
 @contextmanager
@@ -27,14 +29,8 @@ def held(model: nn.Module, hold: Hold | None = None) -> Iterator[None]:
         model: the network.
         hold: ``hold(model)`` returns a context manager that holds the layers torch does not know.
     """
-    with ExitStack() as stack:
-        for module in model.modules():
-            if isinstance(module, _NormBase):
-                _hold_average(module, stack)
-            else:
-                _hold_other(module, stack)
-        if hold is not None:
-            stack.enter_context(hold(model))
+    resting = [change for module in model.modules() if _is_known(module) for change in _resting(module)]
+    with _changed(resting), nullcontext() if hold is None else hold(model):
         yield
 
 
@@ -115,41 +111,48 @@ def _put_back(norms: Sequence[_NormBase], statistics: Sequence[list[Tensor]]) ->
         norm.num_batches_tracked.copy_(count)  # type: ignore[union-attr]
 
 
-def _hold_average(norm: _NormBase, stack: ExitStack) -> None:
-    """Hold running averages; torch's instance norms move theirs whatever their flag says, so they lose them."""
-    if norm.training and norm.track_running_stats and norm.running_mean is not None:
-        stack.enter_context(_changed(norm, "track_running_stats", False))
-        if isinstance(norm, _InstanceNorm):
-            stack.enter_context(_changed(norm, "running_mean", None))
-            stack.enter_context(_changed(norm, "running_var", None))
+def _is_known(module: nn.Module) -> bool:
+    """Whether a layer may keep statistics, itself or by a hook; most do not."""
+    return isinstance(module, (_NormBase, _SpectralNorm)) or bool(module._forward_pre_hooks)
 
 
-def _hold_other(module: nn.Module, stack: ExitStack) -> None:
-    """Hold the power iteration of a spectral norm."""
+def _resting(module: nn.Module) -> list[Change]:
+    """Return what holds a layer's statistics.
+
+    Torch's instance norms move their averages whatever their flag says, so they lose them.
+    """
+    if not isinstance(module, _NormBase):
+        return _resting_power(module)
+    if not (module.training and module.track_running_stats) or module.running_mean is None:
+        return []
+    averages = ("running_mean", "running_var") if isinstance(module, _InstanceNorm) else ()
+    return [(module, "track_running_stats", False), *((module, name, None) for name in averages)]
+
+
+def _resting_power(module: nn.Module) -> list[Change]:
+    """Return what holds the power iteration of a spectral norm, of either kind."""
     if isinstance(module, _SpectralNorm):
-        stack.enter_context(_changed(module, "training", False))
-    for hook in module._forward_pre_hooks.values() if module._forward_pre_hooks else ():
-        if isinstance(hook, SpectralNorm):
-            stack.enter_context(_changed(hook, "n_power_iterations", 0))
+        return [(module, "training", False)]
+    hooks = module._forward_pre_hooks.values()
+    return [(hook, "n_power_iterations", 0) for hook in hooks if isinstance(hook, SpectralNorm)]
 
 
 @contextmanager
 def _held_others(model: nn.Module, hold: Hold | None) -> Iterator[None]:
     """Hold what keeps statistics that cannot be averaged: spectral norms, and what only the user knows."""
-    with ExitStack() as stack:
-        for module in model.modules():
-            _hold_other(module, stack)
-        if hold is not None:
-            stack.enter_context(hold(model))
+    resting = [change for module in model.modules() if _is_known(module) for change in _resting_power(module)]
+    with _changed(resting), nullcontext() if hold is None else hold(model):
         yield
 
 
 @contextmanager
-def _changed(owner: object, name: str, value: Any) -> Iterator[None]:
-    """Set one attribute for a while, and put back what was found."""
-    found = getattr(owner, name)
-    setattr(owner, name, value)
+def _changed(changes: Sequence[Change]) -> Iterator[None]:
+    """Set attributes for a while, and put back what was found."""
+    found = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
     try:
+        for owner, name, value in changes:
+            setattr(owner, name, value)
         yield
     finally:
-        setattr(owner, name, found)
+        for owner, name, value in found:
+            setattr(owner, name, value)

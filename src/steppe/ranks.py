@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -49,9 +49,12 @@ class Ranks:
         """Whether a reduced gradient lies in memory that the next pass overwrites."""
         return self.ddp is not None and self.ddp.gradient_as_bucket_view
 
-    @contextmanager
-    def reducing(self, on: bool) -> Iterator[None]:
+    def reducing(self, on: bool) -> AbstractContextManager[None]:
         """Let the passes inside reduce the gradients over the ranks as they go, or not at all."""
+        return self._reducing(on) if self.ddp is not None or self.sharded else nullcontext()
+
+    @contextmanager
+    def _reducing(self, on: bool) -> Iterator[None]:
         if self.ddp is not None and not on:
             if self.ddp.static_graph and torch.is_grad_enabled():
                 raise ValueError(
@@ -90,12 +93,13 @@ class Ranks:
         for module in self.sharded:
             module.reshard()
 
-    @contextmanager
-    def frozen_but(self, params: Sequence[Tensor] | None) -> Iterator[None]:
+    def frozen_but(self, params: Sequence[Tensor] | None) -> AbstractContextManager[None]:
         """Freeze the other parameters of a sharded model for a while, whose backward passes take no ``inputs``."""
-        kept = set(params or [])
-        others = [p for m in self.sharded[:1] for p in m.parameters() if p.requires_grad and p not in kept]
-        others = others if params is not None else []
+        return nullcontext() if params is None or not self.sharded else self._frozen_but(set(params))
+
+    @contextmanager
+    def _frozen_but(self, kept: set[Tensor]) -> Iterator[None]:
+        others = [p for p in self.sharded[0].parameters() if p.requires_grad and p not in kept]
         for p in others:
             p.requires_grad_(False)
         try:

@@ -142,7 +142,7 @@ class SharpnessAware(Passes):
             at = self._point(params, ranks.rank * len(parts) + number if local else number)
             weight = part.size / source.size
             means = self._direction(at, part, second, rho, share=weight, local=local, reduce=not late)
-            firsts.append(weight * means[0])
+            firsts.append(means[0] if weight == 1 else weight * means[0])
             seen += means
             for p in params if len(parts) > 1 else []:
                 if p.grad is not None:
