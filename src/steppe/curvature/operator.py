@@ -77,6 +77,7 @@ class Operator:
         self._draws, self._likelihood, self._seed, self._reuse = draws or 0, likelihood, seed, reuse
         self._kept: list[tuple[Product, Tensor, int]] = []
         self._made_at: list[float] = []
+        self._places = torch.empty(0)
 
     def __matmul__(self, v: Tensor) -> Tensor:
         """Return the product, shaped as ``v``."""
@@ -119,7 +120,7 @@ class Operator:
 
     def release(self) -> None:
         """Forget the graphs that were kept."""
-        self._kept, self._made_at = [], []
+        self._kept, self._made_at, self._places = [], [], torch.empty(0)
 
     def _products(self, reuse: bool) -> Iterator[tuple[Product, Tensor, int]]:
         """Give each batch's product, the examples' weights and their number."""
@@ -152,5 +153,6 @@ class Operator:
         model = self.objective.model
         tensors = [t.detach() for t in (*model.parameters(), *model.buffers())]
         flat = torch.cat([t.reshape(-1).to(self.device, self.dtype) for t in tensors])
-        places = torch.arange(1, len(flat) + 1, dtype=self.dtype, device=self.device).sin_()
-        return [float(flat @ places), *(number for t in tensors for number in (t._version, t.data_ptr()))]
+        if len(self._places) != len(flat):
+            self._places = torch.arange(1, len(flat) + 1, dtype=self.dtype, device=self.device).sin_()
+        return [float(flat @ self._places), *(number for t in tensors for number in (t._version, t.data_ptr()))]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import caches, norms, rng
+from . import heap
 
 Mode: TypeAlias = Literal["eval", "train"]
 
@@ -30,6 +31,7 @@ def still(model: nn.Module, chosen: Collection[Tensor], mode: Mode) -> Iterator[
         chosen: its parameters to be differentiated; no other requires a gradient inside.
         mode: ``"eval"``; or ``"train"``, in which normalisation layers use the batch and hold their statistics.
     """
+    heap.widen()
     wanted = set(chosen)
     modes = [(module, module.training) for module in model.modules()]
     gradients = [(p, p.requires_grad) for p in model.parameters()]

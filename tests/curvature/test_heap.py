@@ -1,0 +1,36 @@
+"""Memory that a product has freed is there for the next one."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import resource, sys, torch
+from steppe.curvature.analyzer import Analyzer
+
+net = torch.nn.Linear(4, 2)
+if "measured" in sys.argv:
+    data = [(torch.randn(8, 4), torch.zeros(8, dtype=torch.int64))]
+    Analyzer(net, lambda m, b: torch.nn.functional.cross_entropy(m(b[0]), b[1], reduction="none"), data).trace()
+
+def product():
+    blocks = [torch.ones(1 << 20) for _ in range(12)]  # 4 MiB each
+
+product()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+product()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(*arguments: str) -> int:
+    """Pages that the system had to hand out for the second of two products."""
+    found = subprocess.run([sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, check=True)
+    return int(found.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc is spoken to")
+def test_after_a_measurement_freed_memory_is_kept():
+    assert faults("measured") < faults() / 5
