@@ -4,6 +4,7 @@ import pytest
 
 from steppe.lab import study
 from steppe.lab.config import Setting
+from steppe.lab.jobs import divided
 from steppe.lab.run import Run
 from steppe.lab.study import compare, configure
 
@@ -61,13 +62,23 @@ def test_refusals(tmp_path):
 
 def test_several_processes_train_the_same_as_one(tmp_path):
     methods = ["sgd", "gsam(rho=1e30)", "esam"]
-    one = compare(TINY, methods, 2, tmp_path / "one")
-    two = compare(TINY, methods, 2, tmp_path / "two", jobs=2)
+    one = compare(TINY, methods, 3, tmp_path / "one")
+    two = compare(TINY, methods, 3, tmp_path / "two", jobs=2)
     assert [run.config for run in one] == [run.config for run in two]
     for ours, theirs in zip(one, two, strict=True):
         assert ours.failure == theirs.failure
         assert [record["train_loss"] for record in ours.records] == [record["train_loss"] for record in theirs.records]
         assert ours.accuracy == theirs.accuracy
+
+
+def test_processes_without_a_group_of_their_own_share_the_last_ones():
+    a, b, c = list("aaaaaaa"), list("bbb"), list("ccc")
+    assert divided([a, b], 1) == [a, b]
+    assert divided([a, b], 2) == [a, b]
+    assert divided([a, b, ["sgd", "sam", "esam"]], 2) == [a, b, ["sgd", "esam"], ["sam"]]
+    assert divided([["sgd", "sam"]], 8) == [["sgd"], ["sam"]]
+    assert divided([a, b, c], 7) == [list("aaaa"), list("aaa"), list("bb"), list("b"), list("cc"), list("c")]
+    assert divided([a, b, c], 4) == [a, b, c]
 
 
 def test_errors_with_several_processes(tmp_path):

@@ -38,7 +38,7 @@ class Compare(Setting):
     out: Path = Path("runs")
     """Folder of the reports and the runs."""
     jobs: int = 1
-    """Processes to train in, each of which takes a seed at a time."""
+    """Processes to train in: each takes a seed at a time, and the last share what is left."""
     threads: int = 1
     """Threads that torch computes with in each process."""
     sharpness: bool = False

@@ -15,7 +15,7 @@ import torch
 from steppe.lab.config import Config
 from steppe.lab.run import Run
 
-__all__ = ["lockstep", "spread"]
+__all__ = ["divided", "lockstep", "spread"]
 
 POLL = 0.5
 """Seconds between two looks at the other processes' files."""
@@ -31,6 +31,17 @@ def lockstep(group: Sequence[Run]) -> Iterator[Run]:
                 yield run
 
 
+def divided(groups: Sequence[Sequence[Config]], jobs: int) -> list[Sequence[Config]]:
+    """Return the groups, those cut into parts that would leave processes without one in the last round.
+
+    The parts of a round run at the same moment, as a group does in lockstep.
+    """
+    whole = len(groups) - len(groups) % jobs
+    parts = jobs // max(1, len(groups) - whole)
+    cut = [group[i::parts] for group in groups[whole:] for i in range(parts)]
+    return [*groups[:whole], *(part for part in cut if part)]
+
+
 def spread(groups: Sequence[Sequence[Config]], out: Path, jobs: int) -> Iterator[Run]:
     """Finish groups of runs in several processes, and name each run that has moved.
 
@@ -39,13 +50,14 @@ def spread(groups: Sequence[Sequence[Config]], out: Path, jobs: int) -> Iterator
     once when it is killed.
 
     Args:
-        groups: what to run; a group stays together in one process.
+        groups: what to run; a group stays together in one process, but for those that `divided` cuts.
         out: folder of the study.
         jobs: number of processes.
     """
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
     watched = {config: Run(config, out) for group in groups for config in group}
+    groups = divided(groups, jobs)
     with ProcessPoolExecutor(
         min(jobs, len(groups)), context, initializer=_start, initargs=(stop, torch.get_num_threads())
     ) as pool:

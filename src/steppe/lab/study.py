@@ -65,7 +65,7 @@ def compare(
         methods: expressions of the methods; one that occurs twice runs once.
         seeds: number of seeds, 0 to seeds - 1.
         out: folder of the study.
-        jobs: number of processes, each of which takes a seed at a time.
+        jobs: number of processes, each of which takes a seed at a time; the last ones share what seeds are left.
         base: expressions of the bases; one that occurs twice counts once.
 
     Returns:
@@ -91,7 +91,7 @@ def perform(groups: Iterable[Iterable[Config]], out: Path, jobs: int = 1) -> lis
     Args:
         groups: the runs, as groups.
         out: folder of the study.
-        jobs: number of processes, each of which takes a group at a time; with 1 there is only this one.
+        jobs: number of processes, see `steppe.lab.jobs.spread`; with 1 there is only this one.
 
     Returns:
         All runs, finished, in the order given.
@@ -104,9 +104,9 @@ def perform(groups: Iterable[Iterable[Config]], out: Path, jobs: int = 1) -> lis
         raise ValueError(f"jobs must be at least 1, got {jobs}")
     planned = [[Run(config, out) for config in group] for group in groups]
     runs = [run for group in planned for run in group]
-    waiting = [group for group in planned if any(run.result is None for run in group)]
+    waiting = [left for group in planned if (left := [run for run in group if run.result is None])]
     with claimed(out), Display(runs) as display:
-        if min(jobs, len(waiting)) <= 1:
+        if min(jobs, sum(map(len, waiting))) <= 1:
             for group in waiting:
                 for moved in lockstep(group):
                     display.show(runs, moved)
