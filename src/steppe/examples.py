@@ -40,11 +40,11 @@ def leaves(data: Any) -> Iterator[Tensor]:
     """Give the tensors one after the other."""
     if isinstance(data, Tensor):
         yield data
-    elif isinstance(data, (tuple, list)) or (isinstance(data, Sequence) and not isinstance(data, str)):
-        for value in data:
-            yield from leaves(value)
     elif isinstance(data, Mapping):
         for value in data.values():
+            yield from leaves(value)
+    elif isinstance(data, Sequence) and not isinstance(data, str):
+        for value in data:
             yield from leaves(value)
 
 
