@@ -76,9 +76,13 @@ def test_processes_without_a_group_of_their_own_share_the_last_ones():
     assert divided([a, b], 1) == [a, b]
     assert divided([a, b], 2) == [a, b]
     assert divided([a, b, ["sgd", "sam", "esam"]], 2) == [a, b, ["sgd", "esam"], ["sam"]]
-    assert divided([["sgd", "sam"]], 8) == [["sgd"], ["sam"]]
-    assert divided([a, b, c], 7) == [list("aaaa"), list("aaa"), list("bb"), list("b"), list("cc"), list("c")]
-    assert divided([a, b, c], 4) == [a, b, c]
+    assert divided([a, b, c, a, b, c, a], 5) == [a, b, c, a, b, ["c", "c"], ["c"], list("aaaa"), list("aaa")]
+    assert divided([a, b, c, ["sgd"]], 3) == [a, b, c, ["sgd"]]
+
+
+def test_a_single_round_stays_in_lockstep():
+    assert divided([["sgd", "sam"]], 8) == [["sgd", "sam"]]
+    assert divided([list("abc"), list("def")], 4) == [list("abc"), list("def")]
 
 
 def test_errors_with_several_processes(tmp_path):

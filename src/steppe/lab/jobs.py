@@ -32,14 +32,16 @@ def lockstep(group: Sequence[Run]) -> Iterator[Run]:
 
 
 def divided(groups: Sequence[Sequence[Config]], jobs: int) -> list[Sequence[Config]]:
-    """Return the groups, those cut into parts that would leave processes without one in the last round.
+    """Return the groups, those of the last of several rounds cut into parts if processes would go without one.
 
-    The parts of a round run at the same moment, as a group does in lockstep.
+    The parts of a group run side by side and not in lockstep, so a single round, which would leave no other to take the
+    ratios of times from, is not cut.
     """
-    whole = len(groups) - len(groups) % jobs
-    parts = jobs // max(1, len(groups) - whole)
-    cut = [group[i::parts] for group in groups[whole:] for i in range(parts)]
-    return [*groups[:whole], *(part for part in cut if part)]
+    left = len(groups) % jobs
+    if left in (0, len(groups)):
+        return list(groups)
+    cut = [group[i :: jobs // left] for group in groups[-left:] for i in range(jobs // left)]
+    return [*groups[:-left], *(part for part in cut if part)]
 
 
 def spread(groups: Sequence[Sequence[Config]], out: Path, jobs: int) -> Iterator[Run]:

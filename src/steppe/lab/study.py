@@ -106,7 +106,7 @@ def perform(groups: Iterable[Iterable[Config]], out: Path, jobs: int = 1) -> lis
     runs = [run for group in planned for run in group]
     waiting = [left for group in planned if (left := [run for run in group if run.result is None])]
     with claimed(out), Display(runs) as display:
-        if min(jobs, sum(map(len, waiting))) <= 1:
+        if min(jobs, len(waiting)) <= 1:
             for group in waiting:
                 for moved in lockstep(group):
                     display.show(runs, moved)
