@@ -9,7 +9,7 @@ demo: setup  ## compare the methods on the digits
 	$(BIN)/steppe compare --out runs/demo
 
 test: lint  ## everything that CI holds
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --dist worksteal
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -45,20 +45,8 @@ def save(path: Path, state: dict[str, Any]) -> None:
     os.replace(aside, path)
 
 
-def main() -> None:
-    """Train."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", default="esam(rho=0.1)", help="an expression, as in steppe.parse")
-    parser.add_argument("--ascent", choices=["global", "local"], default="global")
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--checkpoint", type=Path, default=Path("ddp.pt"))
-    args = parser.parse_args()
-
-    gpu = torch.cuda.is_available()
-    dist.init_process_group("nccl" if gpu else "gloo")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
-    if gpu:
-        torch.cuda.set_device(device)
+def train(args: argparse.Namespace, device: torch.device) -> None:
+    """Train on this rank's part of the examples."""
     rank, world = dist.get_rank(), dist.get_world_size()
 
     train, test = examples(2048, seed=1), examples(512, seed=2)
@@ -94,7 +82,24 @@ def main() -> None:
             parts = {"model": model, "optimizer": opt, "scheduler": scheduler}
             save(args.checkpoint, {**{name: part.state_dict() for name, part in parts.items()}, "epochs": epoch + 1})
         dist.barrier()
-    dist.destroy_process_group()
+
+
+def main() -> None:
+    """Read the command line, and train."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", default="esam(rho=0.1)", help="an expression, as in steppe.parse")
+    parser.add_argument("--ascent", choices=["global", "local"], default="global")
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--checkpoint", type=Path, default=Path("ddp.pt"))
+    args = parser.parse_args()
+
+    gpu = torch.cuda.is_available()
+    dist.init_process_group("nccl" if gpu else "gloo")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    train(args, device)
+    dist.destroy_process_group()  # the network is freed: gloo's threads cannot end before it
 
 
 if __name__ == "__main__":
