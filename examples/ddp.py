@@ -99,7 +99,7 @@ def main() -> None:
     if gpu:
         torch.cuda.set_device(device)
     train(args, device)
-    dist.destroy_process_group()  # the network is freed: gloo's threads cannot end before it
+    dist.destroy_process_group()  # after train() has freed the network, which gloo may need
 
 
 if __name__ == "__main__":
