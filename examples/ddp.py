@@ -45,7 +45,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
     os.replace(aside, path)
 
 
-def train(args: argparse.Namespace, device: torch.device) -> None:
+def run(args: argparse.Namespace, device: torch.device) -> None:
     """Train on this rank's part of the examples."""
     rank, world = dist.get_rank(), dist.get_world_size()
 
@@ -98,8 +98,8 @@ def main() -> None:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
-    train(args, device)
-    dist.destroy_process_group()  # after train() has freed the network, which gloo may need
+    run(args, device)
+    dist.destroy_process_group()  # after run() has freed the network: see the page on training loops
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.exists()]
 METHODS = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
 LOOPS = ROOT / "docs" / "training-loops.md"
-# gloo's threads abort a process whose interpreter ends before they have freed their last tensors (pytorch#190489)
-WAIT = "\nimport time\ntime.sleep(0.5)\n"
+# without the interpreter's end, in which gloo's threads abort if they still have a tensor to free (pytorch#190489)
+LEAVE = "\nimport os\nos._exit(0)\n"
 BLOCK = re.compile(r"^(<!-- (?P<how>[\w ]+) -->\s*)?```python\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -52,7 +52,7 @@ def test_snippets_run(page, code, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("page", "code"), list(snippets(several_ranks=True)))
 def test_snippets_run_on_two_ranks(page, code, tmp_path):
     script = tmp_path / "script.py"
-    script.write_text("import torch\ntorch.manual_seed(0)\n" + code + WAIT, encoding="utf-8")
+    script.write_text("import torch\ntorch.manual_seed(0)\n" + code + LEAVE, encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     ended = subprocess.run(
         command, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=tmp_path, capture_output=True, text=True, timeout=120
