@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -58,6 +59,12 @@ MAY = {
 }
 
 
+def rooms_of_the_page(heading: str) -> str:
+    """What docs/design.md says of the rooms, from a heading on."""
+    page = (Path(__file__).parents[1] / "docs" / "design.md").read_text()
+    return page.split(heading)[1].split("\n## ")[0].split("All these are the core")[0].split("tests/ ")[0]
+
+
 def room(file: Path) -> str:
     """The first name below ``steppe``: a folder or a file."""
     return file.relative_to(ROOT).parts[0].removesuffix(".py")
@@ -92,6 +99,25 @@ def test_core_files_use_only_the_rooms_below(file):
 
 def test_every_room_of_the_core_has_its_rule():
     assert {room(f) for f in CORE} - {"__init__"} == set(MAY)
+
+
+def test_the_page_has_the_same_rules():
+    told = {}
+    for row in re.findall(r"^\| (`.*) \| (.*) \|$", rooms_of_the_page("Imports go one way"), re.MULTILINE):
+        rooms, allowed = (set(re.findall("`(.*?)`", cell)) for cell in row)
+        told |= {name: allowed | ({name} if "each other" in row[1] else set()) for name in rooms}
+    assert told == MAY
+
+
+def test_the_page_has_every_file_in_its_place():
+    place, shown = "", set()
+    for line in re.findall(r"^  .*", rooms_of_the_page("## Rooms"), re.MULTILINE):
+        if line[2] != " ":
+            first = line.split()[0]
+            place = first if first.endswith("/") else ""
+        shown |= {place + name for name in re.findall(r"\b\w+\.py\b", line)}
+    there = {str(file.relative_to(ROOT)) for file in FILES if "models" not in file.parts}
+    assert shown - {"lab/init.py"} == {name for name in there if "/__init__" not in name}
 
 
 @pytest.mark.parametrize("file", CORE, **ids)
