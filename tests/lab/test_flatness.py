@@ -10,7 +10,7 @@ from scipy.sparse.linalg import eigsh
 
 from steppe import curvature
 from steppe.lab import flatness, measure, sharpness
-from steppe.lab.figures import Figure, active, further, text
+from steppe.lab.figures import Figure, active, further, over, text
 from steppe.lab.flatness import columns, write_sharpness
 from steppe.lab.options import Sharpness
 from steppe.lab.sharpness import measure_sharpness
@@ -209,6 +209,46 @@ def test_a_measurement_that_is_impossible_names_the_run(study_folder):
 )
 def test_cells(figures, expected):
     assert text(figures) == expected
+
+
+@pytest.mark.parametrize(
+    ("pairs", "expected"),
+    [
+        ([(Figure(2.0), Figure(4.0))], "0.50"),
+        ([(Figure(2.0), Figure(4.0)), (Figure(8.0), Figure(4.0))], "1.00 (0.00 to 6682.65)"),
+        (
+            [(Figure(2.0), Figure(4.0)), (Figure(1.0), Figure(2.0, converged=False))],
+            "0.50 (0.50 to 0.50), 1 not converged",
+        ),
+        ([(Figure(2.0), None), (Figure(1.0), Figure(4.0))], "0.25, 1 of 2"),
+        ([(Figure(-2.0), Figure(4.0))], "—"),
+        ([], "—"),
+    ],
+)
+def test_ratios(pairs, expected):
+    assert over(pairs) == expected
+
+
+def test_ratios_are_of_the_same_seed(measured, tmp_path):
+    runs, found = measured
+    order = [0, 1, 3, 2]
+    write_sharpness([runs[i] for i in order], [found[i] for i in order], [], QUICK, tmp_path, "steppe sharpness x")
+    lines = (tmp_path / "sharpness.md").read_text().splitlines()
+    place = next(
+        i for i, line in enumerate(lines) if line.startswith("| over sgd() | seeds | λmax | λ5 | λmax/λ5 | surr")
+    )
+    cells = lines[place + 2].strip("| ").split(" | ")
+    assert cells[:2] == ["sam(rho=0.5)", "2"]
+    logs = [math.log(found[i + 2]["trace"]["value"] / found[i]["trace"]["value"]) for i in range(2)]
+    mean, half = np.mean(logs), 12.7062 * abs(logs[0] - logs[1]) / 2
+    assert cells[-1] == f"{math.exp(mean):.2f} ({math.exp(mean - half):.2f} to {math.exp(mean + half):.2f})"
+    assert "2h/ρ²" not in lines[place]
+
+
+def test_one_method_is_not_held_against_itself(measured, tmp_path):
+    runs, found = measured
+    write_sharpness(runs[:2], found[:2], [], QUICK, tmp_path, "steppe sharpness x")
+    assert "| over " not in (tmp_path / "sharpness.md").read_text()
 
 
 def test_report_files(measured, tmp_path):

@@ -11,7 +11,7 @@ from steppe.lab.run import Run
 from steppe.lab.sharpness import BETA
 from steppe.lab.stats import estimate
 
-__all__ = ["ACTIVE", "Figure", "active", "eigenvalue", "explained", "further", "legend", "overview", "text"]
+__all__ = ["ACTIVE", "Figure", "active", "eigenvalue", "explained", "further", "legend", "over", "overview", "text"]
 
 
 class Figure(NamedTuple):
@@ -92,6 +92,22 @@ def text(figures: Sequence[Figure | None]) -> str:
         words += f" ({n} of {len(figures)})"
     if lacking := sum(not figure.converged for figure in known):
         words += " (not converged)" if n == 1 else f" ({lacking} of {n} not converged)"
+    return words
+
+
+def over(pairs: Sequence[tuple[Figure | None, Figure | None]]) -> str:
+    """A cell: the geometric mean of ratios, with its 95 % interval if there are several; all numbers above 0."""
+    known = [(a, b) for a, b in pairs if a is not None and b is not None]
+    if not known or min(min(a.value, b.value) for a, b in known) <= 0:
+        return MISSING
+    mean, half, n = estimate([math.log(a.value / b.value) for a, b in known])
+    words = f"{math.exp(mean):.2f}"
+    if half is not None:
+        words += f" ({math.exp(mean - half):.2f} to {math.exp(mean + half):.2f})"
+    if n < len(pairs):
+        words += f", {n} of {len(pairs)}"
+    if lacking := sum(not (a.converged and b.converged) for a, b in known):
+        words += f", {lacking} not converged"
     return words
 
 

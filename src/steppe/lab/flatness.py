@@ -12,7 +12,7 @@ import torch
 from rich.console import Group
 
 from steppe import curvature
-from steppe.lab.figures import ACTIVE, Figure, active, eigenvalue, explained, further, legend, overview, text
+from steppe.lab.figures import ACTIVE, Figure, active, eigenvalue, explained, further, legend, over, overview, text
 from steppe.lab.files import write
 from steppe.lab.options import Sharpness
 from steppe.lab.plots import filters, spectra
@@ -27,6 +27,9 @@ __all__ = ["columns", "write_sharpness"]
 BRIEF = ("λmax", "λmax/λ5", "surrogate gap", "m-sharpness")
 """What a comparison shows beside accuracy and cost, and what has to be measured for it."""
 MEASUREMENTS = ("surrogate gap", "m-sharpness", "eigenvalues")
+RATIOS = """
+Geometric means of the ratios on the same seed, with their 95 % t-intervals over seeds.
+"""
 
 
 def columns(runs: Sequence[Run]) -> Columns:
@@ -76,7 +79,11 @@ def write_sharpness(
     """
     groups = grouped(runs)
     (header, body), (more, others) = _overview(groups, runs, measured), _further(groups, measured)
-    components, layers = _by_component(groups, measured), _by_layer(groups, measured)
+    ratios, components, layers = (
+        _against(groups, runs, measured),
+        _by_component(groups, measured),
+        _by_layer(groups, measured),
+    )
     records = [
         {"run": str(run.folder), **asdict(run.config), "accuracy": run.accuracy, "measured": found}
         for run, found in zip(runs, measured, strict=True)
@@ -88,13 +95,14 @@ def write_sharpness(
         out / "sharpness.md",
         f"# Sharpness\n\n{markdown(header, body)}{legend(runs, what, header)}"
         + "".join(f"- left out: {line}\n" for line in left_out)
+        + "".join(f"\n## Over the baseline's\n\n{markdown(*each)}{RATIOS}" for each in ratios)
         + f"\n## Further measures\n\n{markdown(more, others)}\n{explained(what, more)}"
         + "".join(f"## λmax by component\n\n{markdown(*each)}\n" for each in components)
         + "".join(f"## Active neurons by layer\n\n{markdown(*each)}{ACTIVE}\n" for each in layers)
         + "![Spectral densities](spectra.png)\n\n![Filter norms](filters.png)\n\n"
         + f"    {command}\n\n{datetime.date.today().isoformat()}, {machine()}.\n",
     )
-    return Group(*(table(*each) for each in ((header, body), (more, others), *components, *layers)))
+    return Group(*(table(*each) for each in ((header, body), *ratios, (more, others), *components, *layers)))
 
 
 Groups = Mapping[str, Sequence[int]]
@@ -109,6 +117,21 @@ def _overview(groups: Groups, runs: Sequence[Run], measured: Found) -> Cells:
         accuracy = percent(estimate([runs[i].accuracy or 0.0 for i in places]))
         body.append([label, str(len(places)), accuracy, *_row([overview(measured[i]) for i in places], titles)])
     return ["method", "seeds", "test accuracy (%)", *titles], body
+
+
+def _against(groups: Groups, runs: Sequence[Run], measured: Found) -> list[Cells]:
+    """A table of each measure over the baseline's on the same seed; none if there is nothing but the baseline."""
+    baseline = next((label for label, places in groups.items() if runs[places[0]].config.method == "sgd()"), None)
+    baseline = baseline or next(iter(groups))
+    seeds = {label: {runs[i].config.seed: overview(measured[i]) for i in places} for label, places in groups.items()}
+    below = seeds.pop(baseline)
+    titles = [title for title in next(iter(below.values())) if "ρ²" not in title]  # which are the gap again
+    body = []
+    for label, above in seeds.items():
+        shared = [seed for seed in above if seed in below]
+        cells = [over([(above[seed][title], below[seed][title]) for seed in shared]) for title in titles]
+        body.append([label, str(len(shared)), *cells])
+    return [([f"over {baseline}", "seeds", *titles], body)] if body else []
 
 
 def _further(groups: Groups, measured: Found) -> Cells:
