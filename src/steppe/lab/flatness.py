@@ -79,11 +79,8 @@ def write_sharpness(
     """
     groups = grouped(runs)
     (header, body), (more, others) = _overview(groups, runs, measured), _further(groups, measured)
-    ratios, components, layers = (
-        _against(groups, runs, measured),
-        _by_component(groups, measured),
-        _by_layer(groups, measured),
-    )
+    components, layers = _by_component(groups, measured), _by_layer(groups, measured)
+    ratios = _against(groups, runs, measured)
     records = [
         {"run": str(run.folder), **asdict(run.config), "accuracy": run.accuracy, "measured": found}
         for run, found in zip(runs, measured, strict=True)
