@@ -20,7 +20,7 @@ from steppe.lab.report import Columns, machine, markdown, percent, table
 from steppe.lab.run import Run
 from steppe.lab.sharpness import measure_sharpness
 from steppe.lab.stats import estimate
-from steppe.lab.trained import grouped
+from steppe.lab.trained import baseline_of, grouped
 
 __all__ = ["columns", "write_sharpness"]
 
@@ -118,17 +118,16 @@ def _overview(groups: Groups, runs: Sequence[Run], measured: Found) -> Cells:
 
 def _against(groups: Groups, runs: Sequence[Run], measured: Found) -> list[Cells]:
     """A table of each measure over the baseline's on the same seed; none if there is nothing but the baseline."""
-    baseline = next((label for label, places in groups.items() if runs[places[0]].config.method == "sgd()"), None)
-    baseline = baseline or next(iter(groups))
+    against = baseline_of(runs, groups)
     seeds = {label: {runs[i].config.seed: overview(measured[i]) for i in places} for label, places in groups.items()}
-    below = seeds.pop(baseline)
+    below = seeds.pop(against)
     titles = [title for title in next(iter(below.values())) if "ρ²" not in title]  # which are the gap again
     body = []
     for label, above in seeds.items():
         shared = [seed for seed in above if seed in below]
         cells = [over([(above[seed][title], below[seed][title]) for seed in shared]) for title in titles]
         body.append([label, str(len(shared)), *cells])
-    return [([f"over {baseline}", "seeds", *titles], body)] if body else []
+    return [([f"over {against}", "seeds", *titles], body)] if body else []
 
 
 def _further(groups: Groups, measured: Found) -> Cells:

@@ -19,7 +19,7 @@ from steppe.lab.files import write
 from steppe.lab.plots import Curve, Point, accuracy_against_cost, curves
 from steppe.lab.run import Run
 from steppe.lab.stats import Difference, Estimate, difference, estimate
-from steppe.lab.trained import grouped
+from steppe.lab.trained import baseline_of, grouped
 
 __all__ = ["Columns", "Row", "machine", "markdown", "rows", "table", "write_report"]
 
@@ -57,9 +57,9 @@ class Columns(NamedTuple):
 
 def rows(runs: Sequence[Run]) -> list[Row]:
     """One row for each method on each base, in the order of the runs; the first of sgd, or of all, is the baseline."""
-    groups = {label: [runs[place] for place in places] for label, places in grouped(runs).items()}
-    plain = (group for group in groups.values() if group[0].config.method == "sgd()")
-    against = next(plain, next(iter(groups.values())))
+    places = grouped(runs)
+    groups = {label: [runs[i] for i in places[label]] for label in places}
+    against = groups[baseline_of(runs, places)]
     return [_row(label, group, against) for label, group in groups.items()]
 
 

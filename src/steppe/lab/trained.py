@@ -1,7 +1,7 @@
 """Finished runs as something to measure: their networks with the trained weights, and the images."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from steppe.lab.options import Sample
 from steppe.lab.run import Run
 from steppe.lab.train import Training, laid_out
 
-__all__ = ["find", "grouped", "home", "load"]
+__all__ = ["baseline_of", "find", "grouped", "home", "load"]
 
 
 def find(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
@@ -56,6 +56,12 @@ def grouped(runs: Sequence[Run]) -> dict[str, list[int]]:
         differ = [f"{name}={value}" for name, value in values.items() if any(o[name] != value for o in others)]
         labels[", ".join([config.title, *differ])] = places
     return labels
+
+
+def baseline_of(runs: Sequence[Run], groups: Mapping[str, Sequence[int]]) -> str:
+    """The label of what the others are held against: the first of sgd, or else of all."""
+    plain = (label for label, places in groups.items() if runs[places[0]].config.method == "sgd()")
+    return next(plain, next(iter(groups)))
 
 
 def home(paths: Sequence[Path]) -> Path:
