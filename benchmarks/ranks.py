@@ -117,6 +117,7 @@ def measure(rank: int, store: str, kind: str, rounds: int, size: int, answer: An
     if rank == 0:
         answer.put(found)
     dist.barrier(clock)
+    steps.clear()  # networks go before their group: freed after it they may hang
     dist.destroy_process_group()
 
 

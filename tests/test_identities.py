@@ -83,6 +83,20 @@ def test_no_perturbation_is_the_base_bitwise(expression, net, base):
     assert_same(run(expression, net, base), run(None, net, base))
 
 
+@pytest.mark.parametrize("size", [1, 2, 10, 11, 12, 23])
+@pytest.mark.parametrize("mean", [False, True], ids=["losses", "mean"])
+def test_the_gradient_is_that_of_the_mean_loss_bitwise(size, mean):
+    model, data = mlp()
+    batch = tuple(torch.cat([each] * 4)[:size] for each in data)
+    losses(model, batch).mean().backward()
+    expected = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    loss_fn = (lambda *given: losses(*given).mean()) if mean else losses
+    steppe.Batch(model, loss_fn, batch).backward(None)
+    for p, g in zip(model.parameters(), expected, strict=True):
+        assert torch.equal(p.grad, g)
+
+
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize(
     "expression",

@@ -142,11 +142,10 @@ class Batch:
                 begin(i)
                 with self.ranks.reducing(reduce and i == len(parts) - 1):
                     each = self.losses_of(data, count)
-                    loss = each.mean() if count == size else each.sum() / size
-                    loss = loss if weight == 1 else loss * weight
-                    loss = loss if scaler is None else scaler.scale(loss)
-                    loss.backward(inputs=inputs)  # type: ignore[no-untyped-call]
-                losses.append(each.detach())
+                    slope = torch.full_like(each, weight * (1 if each.ndim else count) / size)
+                    slope = slope if scaler is None else scaler.scale(slope)
+                    each.backward(slope, inputs=inputs)  # type: ignore[no-untyped-call]
+                losses.append(each.detach().expand(count))
         return losses[0] if len(losses) == 1 else torch.cat(losses)
 
     def losses(self, *, again: bool = True) -> Tensor:
@@ -156,7 +155,7 @@ class Batch:
             self._keep_up(len(parts))
             for i, (data, count) in enumerate(parts):
                 begin(i)
-                found.append(self.losses_of(data, count))
+                found.append(self.losses_of(data, count).expand(count))
             return torch.cat(found)
 
     def groups(self, m: int) -> list[Batch]:
@@ -192,7 +191,7 @@ class Batch:
             self._wide = False
 
     def losses_of(self, data: Any, count: int) -> Tensor:
-        """Return the losses of one micro-batch of so many examples, with their graph, shape (count,)."""
+        """Return the losses of one micro-batch of so many examples, shape (count,), or their mean, shape ()."""
         precision: AbstractContextManager[Any] = nullcontext()
         if self._wide:
             data, precision = to_float32(data), torch.autocast(self.device.type, enabled=False)
@@ -206,7 +205,7 @@ class Batch:
                     "loss_fn returned a mean, but the method looks at the loss of each example: return shape (B,), "
                     "as reduction='none' does"
                 )
-            return losses.expand(count)
+            return losses
         if not isinstance(losses, Tensor) or losses.shape != (count,):
             what = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
             raise TypeError(

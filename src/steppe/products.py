@@ -63,7 +63,7 @@ def with_products(
         for i, (data, count) in enumerate(batch.chunks(rows)):
             begin(i)
             with Twice():
-                losses = batch.losses_of(data, count)
+                losses = batch.losses_of(data, count).expand(count)
             once.refuse([losses])
             loss = losses.sum() * (weight / size)
             loss = loss if scaler is None else scaler.scale(loss)

@@ -125,7 +125,7 @@ class Objective:
         run = Batch(self.model, self.loss_fn, batch, autocast=self.autocast)
         run.per_example = per_example or self.weights is not None
         with Twice():  # a shorter double backward than torch's
-            losses = run.losses_of(batch, size)
+            losses = run.losses_of(batch, size).expand(size)
         if finite and not losses.detach().isfinite().all():
             bad = losses.detach()[~losses.detach().isfinite()][0].item()
             raise ValueError(f"the loss is {bad} in batch {self._watch.index} of the loader: nothing can be measured "
