@@ -260,3 +260,43 @@ def test_the_state_keeps_wider_types_than_the_weights():
     (kept,) = [state["curvature"] for state in other.state.values() if "curvature" in state]
     assert kept.dtype == torch.float32
     assert torch.equal(kept, base.state[model.weight]["curvature"])
+
+
+BASES = {
+    "adahessian": lambda params, n: steppe.optim.AdaHessian(params, lr=0.01, n=n),
+    "natural": lambda params, n: steppe.optim.NaturalGradient(params, 0.01, fisher="kfac", damping=0.1, n=n),
+}
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("base", BASES)
+def test_a_layer_that_is_frozen_on_the_way_stands_still_and_the_count_goes_on(base, n, wrapped):
+    model, data = nets.mlp()
+    opt = BASES[base](model.parameters(), n)
+    run = steppe.SharpnessAware(opt, steppe.sam()) if wrapped else opt
+    looks = []
+    for i in range(9):
+        if i == 4:
+            model[0].requires_grad_(False)
+            home = [p.detach().clone() for p in model[0].parameters()]
+        assert opt.steps == i
+        looks.append(opt.is_due())
+        run.step(steppe.Batch(model, nets.losses, data))
+    anew = {4} if base == "natural" else set()  # its factors are of the layers that there are
+    assert looks == [i % n == 0 or i in anew for i in range(9)]
+    for p, w in zip(model[0].parameters(), home, strict=True):
+        assert torch.equal(p, w)
+
+
+def test_the_damping_goes_on_where_the_first_layer_is_frozen():
+    model, data = nets.mlp()
+    opt = steppe.optim.NewtonCG(model.parameters(), damping=1.0)
+    seen = []
+    for i in range(5):
+        if i == 2:
+            model[0].requires_grad_(False)
+        opt.step(steppe.Batch(model, nets.losses, data))
+        seen.append((opt.damping, float(opt.state[model[4].weight]["damping"])))
+    assert all(damping == kept for damping, kept in seen)
+    assert seen[1] != seen[-1]

@@ -115,7 +115,7 @@ class SecondOrder(Optimizer):
             batch_size: as in ``method.cost``.
             total_steps: as in ``method.cost``.
         """
-        sharp, extra = method.when.share(total_steps), self.cost() - 1
+        sharp, extra = method.when.share(total_steps, self.n), self.cost() - 1
         plain = method.cost(batch_size, total_steps)
         if self.at == "perturbed":
             return plain + extra * (1 - sharp + sharp * method.second_share(batch_size))
@@ -150,8 +150,7 @@ class SecondOrder(Optimizer):
             self.update()
             return None
         batch = self._source(closure)
-        for p in self.trainable():
-            p.grad = None
+        self.zero_grad()
         self.forget()
         loss = (self.backward(batch, None) if self.is_due() else batch.backward(None)).mean()
         judged = loss if batch.ranks.is_alone else vec.norm([p.grad for p in self.trainable() if p.grad is not None])
@@ -188,8 +187,8 @@ class SecondOrder(Optimizer):
 
     @property
     def steps(self) -> int:
-        """Number of steps taken."""
-        return next((int(kept["step"]) for kept in self.state.values() if "step" in kept), 0)
+        """Number of steps taken; a parameter that was frozen on the way has fewer."""
+        return max((int(kept["step"]) for kept in self.state.values() if "step" in kept), default=0)
 
     def generator(self, purpose: str, device: torch.device | str = "cpu") -> Generator:
         """Return a fresh generator, a function of (seed, step, purpose): the same on all ranks."""

@@ -104,7 +104,8 @@ class NewtonCG(SecondOrder):
     @property
     def damping(self) -> float:
         """λ of the step to come."""
-        return next((float(kept["damping"]) for kept in self.state.values() if "damping" in kept), self._initial)
+        kept = [kept for kept in self.state.values() if "damping" in kept]
+        return float(max(kept, key=lambda each: int(each["step"]))["damping"]) if kept else self._initial
 
     def cost(self) -> float:
         """Return an upper bound of the propagations of a step on a batch in one part.
