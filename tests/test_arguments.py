@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
+from torch.optim import SGD
 
+import nets
 import steppe
 from steppe import (
     asam,
@@ -95,6 +98,8 @@ def test_arguments_out_of_range_are_named_with_their_value(build, name, value):
         (lambda: rst(sam(), p=NAN), ValueError, "p=nan"),
         (lambda: rst(sam(), p="linear"), TypeError, "schedule"),
         (lambda: rst(sam(), p=sam()), TypeError, "schedule"),
+        (lambda: rst(sam(), p=steppe.cosine), TypeError, "schedule"),
+        (lambda: rst(sam(), p=lambda progress: 0.5), TypeError, "schedule"),
         (lambda: rst(0.05), TypeError, "recipe"),
         (lambda: rst("sam()"), TypeError, "recipe"),
         (lambda: rst(rst(sam())), ValueError, "coin already"),
@@ -135,3 +140,25 @@ def test_what_does_not_go_together_is_refused(build, error, words):
     with pytest.raises(error, match=words) as caught:
         build()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("total", [0, -1, 1.5, NAN, "10", True])
+def test_a_length_that_is_no_number_of_steps_is_refused(total):
+    model, _ = nets.mlp()
+    with pytest.raises(ValueError, match=r"total_steps=.* must be a whole number"):
+        steppe.SharpnessAware(SGD(model.parameters(), lr=0.1), sam(), total_steps=total)
+
+
+def test_numbers_of_numpy_are_numbers():
+    model, data = nets.mlp()
+    base = SGD([{"params": model.parameters(), "rho": np.float32(0.1)}], lr=0.1)
+    opt = steppe.SharpnessAware(base, sam(), total_steps=np.int64(3), clip=np.float32(1))
+    opt.step(steppe.Batch(model, nets.losses, data, micro=np.int64(2)))
+    assert opt.stats.steps == 1
+
+
+@pytest.mark.parametrize("micro", [0, 13, 2.0, "2", None])
+def test_micro_is_a_whole_number_of_parts(micro):
+    model, data = nets.mlp()
+    with pytest.raises(ValueError, match=r"micro=.* must be a whole number between 1 and"):
+        steppe.Batch(model, nets.losses, data, micro=micro)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import UserDict
 from itertools import pairwise
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -173,8 +174,13 @@ def test_draws_of_the_method_do_not_touch_the_global_generator():
         assert torch.equal(torch.get_rng_state(), before), text
 
 
-class Pair(OrderedDict):
-    """A mapping of another type, as tokenizers return them."""
+class Pair(UserDict):
+    """A mapping with attributes, as tokenizers return them."""
+
+    def __getattr__(self, name):
+        if name == "data":
+            raise AttributeError(name)
+        return self.data[name]
 
 
 @pytest.mark.parametrize("text", ["esam()", "ssam(refresh=1)"])
@@ -183,11 +189,13 @@ class Pair(OrderedDict):
     ("pack", "x", "y"),
     [
         (lambda x, y: {"x": x, "y": y, "name": "train", "epoch": 3}, lambda d: d["x"], lambda d: d["y"]),
-        (lambda x, y: Pair(x=x, y=y), lambda d: d["x"], lambda d: d["y"]),
+        (lambda x, y: Pair(x=x, y=y), lambda d: d.x, lambda d: d["y"]),
+        (lambda x, y: MappingProxyType({"x": x, "y": y}), lambda d: d["x"], lambda d: d["y"]),
+        (lambda x, y: (x, y, range(12), "name"), lambda d: d[0], lambda d: d[1]),
         (lambda x, y: ({"x": x}, [y, None]), lambda d: d[0]["x"], lambda d: d[1][0]),
         (lambda x, y: [torch.tensor(1.0), x, y], lambda d: d[1], lambda d: d[2]),
     ],
-    ids=["dict", "mapping", "nest", "scalar"],
+    ids=["dict", "mapping", "fixed", "range", "nest", "scalar"],
 )
 def test_any_nest_of_tensors_is_a_batch(text, micro, pack, x, y):
     ends = []

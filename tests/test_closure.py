@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from torch import nn
+from torch.nn.utils import parametrizations
 from torch.optim import SGD
 
 import nets
@@ -60,3 +62,60 @@ def test_a_closure_with_running_statistics_is_refused_where_it_repeats(text):
     assert same(weights(model), before)
     model.eval()
     opt.step(closure_of(opt, model, data))
+
+
+@pytest.mark.parametrize("norm", [parametrizations.spectral_norm, nn.utils.spectral_norm])
+def test_a_closure_with_a_spectral_norm_is_refused_where_it_repeats(norm):
+    """Its power iteration would move twice; in eval mode it rests."""
+    model, data = nets.mlp()
+    norm(model[0])
+    opt = wrap(model, "sam()")
+    before = weights(model)
+    with pytest.raises(TypeError, match=r"statistics of .*steppe\.Batch"):
+        opt.step(closure_of(opt, model, data))
+    assert same(weights(model), before)
+    model.eval()
+    opt.step(closure_of(opt, model, data))
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_cleared_before_a_closure_are_none_accumulated(set_to_none):
+    model, data = nets.mlp()
+    opt = wrap(model, "sam()")
+    for _ in range(3):
+        opt.zero_grad(set_to_none=set_to_none)
+        opt.step(closure_of(opt, model, data))
+
+
+@pytest.mark.parametrize("layer", [0, 2, 4])
+def test_gradients_accumulated_on_any_layer_are_refused(layer):
+    model, data = nets.mlp()
+    opt = wrap(model, "sam()")
+    opt.step(closure_of(opt, model, data))
+    nets.losses(model, data).mean().backward(inputs=list(model[layer].parameters()))
+    with pytest.raises(TypeError, match="accumulated"):
+        opt.step(closure_of(opt, model, data))
+
+
+@pytest.mark.parametrize("place", ["loss", "pass two"])
+def test_a_closure_goes_on_after_a_step_that_failed(place):
+    model, data = nets.mlp()
+    opt, calls = wrap(model, "sam()"), []
+
+    def closure():
+        calls.append(0)
+        opt.zero_grad()
+        loss = nets.losses(model, data).mean() * (float("nan") if place == "loss" and len(calls) < 3 else 1)
+        loss.backward()
+        if place == "pass two" and len(calls) == 2:
+            raise RuntimeError("no more data")
+        return loss
+
+    before = weights(model)
+    with pytest.raises((ValueError, RuntimeError), match=r"the loss is nan|no more data"):
+        opt.step(closure)
+    assert same(weights(model), before)
+    assert all(p.grad is None for p in model.parameters())
+    opt.step(closure)
+    assert opt.stats.steps == 1
+    assert opt.stats.propagations == (2 if place == "loss" else 1.5)

@@ -105,3 +105,51 @@ def test_unpicked_tensors_are_not_differentiated():
     forward = len(params)
     assert everything == forward + len(params) + len(params) - 1
     assert some == forward + len(picked) + (len(params) - 1 - first)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "looksam(ssam(n=6, refresh=5), k=5)",
+        "looksam(ssam(n=6, refresh=4), k=5)",
+        "looksam(ssam(n=6, refresh=10), k=5)",
+        "looksam(k=4)",
+    ],
+)
+def test_intervals_that_fall_on_one_another_are_counted_together(expression):
+    model, batch = mlp()
+    method, steps = steppe.parse(expression), 201
+    opt = steppe.SharpnessAware(torch.optim.SGD(model.parameters(), lr=0.01), method, total_steps=steps)
+    for _ in range(steps):
+        opt.step(steppe.Batch(model, losses, batch))
+    assert method.cost(12, steps) == pytest.approx(opt.stats.propagations, abs=1e-12)
+    assert method.cost(12) == pytest.approx(opt.stats.propagations, abs=0.02)
+
+
+@pytest.mark.parametrize("k", [2, 3])
+@pytest.mark.parametrize("at", ["perturbed", "weights"])
+def test_curvature_due_on_sharp_steps_only_costs_what_their_passes_cost(at, k):
+    model, batch = mlp()
+    method = steppe.parse(f"looksam(esam_sds(), k={k})")
+    base = steppe.optim.AdaHessian(model.parameters(), lr=0.01, n=3, at=at)
+    opt = steppe.SharpnessAware(base, method, total_steps=60)
+    for _ in range(60):
+        opt.step(steppe.Batch(model, losses, batch))
+    assert base.cost_under(method, 12, 60) == pytest.approx(opt.stats.propagations, abs=1e-12)
+
+
+@pytest.mark.parametrize(("gamma", "size", "count"), [(0.7, 90, 63), (0.29, 100, 29), (0.5, 11, 5), (0.01, 12, 1)])
+def test_the_selection_has_as_many_examples_as_stated(gamma, size, count):
+    """0.7 · 90 is 62.99… in floating point."""
+    select = steppe.esam_sds(gamma=gamma).select
+    assert select.count(size) == count
+    assert len(select(torch.arange(float(size)))) == count
+
+
+def test_a_step_that_failed_counts_its_examples_as_it_counts_its_passes():
+    model, batch = mlp()
+    opt = steppe.SharpnessAware(torch.optim.SGD(model.parameters(), lr=0.01), steppe.sam())
+    with pytest.raises(ValueError, match="nan"):
+        opt.step(steppe.Batch(model, lambda m, b: losses(m, b) * math.nan, batch))
+    opt.step(steppe.Batch(model, losses, batch))
+    assert (opt.stats.steps, opt.stats.examples, opt.stats.propagations) == (1, 24, 2)

@@ -169,3 +169,47 @@ def test_the_ball_is_as_large_as_asked():
         opt.step(steppe.Batch(model, watched, batch))
         flat = torch.cat([m.flatten() for m in moved[1]])
         assert float(torch.linalg.vector_norm(flat, p)) == pytest.approx(0.3, abs=1e-12)
+
+
+@pytest.mark.parametrize("p", [1.01, 1.1, 1.5, 3, torch.inf])
+@pytest.mark.parametrize("scale", [1e-4, 1, 1e5])
+def test_the_ball_does_not_depend_on_the_size_of_the_gradient(p, scale):
+    """For p near 1, ε has |g| to a power of 1/(p − 1): beyond float32 unless the largest entry is made 1."""
+    model, (x, y) = mlp()
+    model, x = model.float(), x.float()
+    weights, moved = [w.detach().clone() for w in model.parameters()], []
+
+    def watched(network, data):
+        moved.append([(q.detach() - w).double() for q, w in zip(network.parameters(), weights, strict=True)])
+        return scale * losses(network, data)
+
+    opt = steppe.SharpnessAware(torch.optim.SGD(model.parameters(), lr=0.0), steppe.sam(0.3, p=p))
+    opt.step(steppe.Batch(model, watched, (x, y)))
+    flat = torch.cat([m.flatten() for m in moved[1]])
+    assert float(torch.linalg.vector_norm(flat, p)) == pytest.approx(0.3, rel=1e-3)
+
+
+@pytest.mark.parametrize("size", [10, 11, 12, 23])
+def test_the_loss_returned_is_a_mean_loss_of_the_users_own_bitwise(size):
+    model, (x, y) = mlp()
+    batch = torch.cat([x, x])[:size], torch.cat([y, y])[:size]
+    opt = steppe.SharpnessAware(torch.optim.SGD(model.parameters(), lr=0.1), steppe.sam())
+    expected = losses(model, batch).mean().detach()
+    found = opt.step(steppe.Batch(model, lambda *given: losses(*given).mean(), batch))
+    assert torch.equal(found, expected)
+    assert found.shape == ()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1, 5])
+def test_looksam_has_no_direction_where_both_gradients_are_parallel(dtype, size):
+    """On an isotropic quadratic, what is left across g0 is rounding: it has a direction only if it is normalised."""
+    torch.manual_seed(size)
+    w = torch.nn.Parameter(torch.randn(size, dtype=dtype))
+    model = torch.nn.ParameterList([w])
+    opt = steppe.SharpnessAware(torch.optim.SGD([w], lr=0.1), steppe.looksam(k=2))
+    for i in range(4):
+        before = w.detach().clone()
+        opt.step(steppe.Batch(model, lambda m, x: x + m[0].square().sum() / 2, torch.zeros(2, dtype=dtype)))
+        if i % 2:
+            torch.testing.assert_close(w.grad, before)

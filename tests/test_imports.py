@@ -32,7 +32,7 @@ MAY = {
     "checkpoint": {"point"},
     "batch": {"vec", "caches", "norms", "rng", "examples", "ranks", "rounding"},
     "products": {"batch", "once", "rng", "twice", "vec"},
-    "closure": {"vec", "caches", "ranks", "rng"},
+    "closure": {"vec", "caches", "norms", "ranks", "rng"},
     "method": {"point", "checks"},
     "stats": {"method"},
     "split": {"method"},
@@ -55,7 +55,7 @@ MAY = {
         "stats",
     },
     "step": {"passes", "second_order", "ranks", "wrapper", "update", "checkpoint", "split", "checks", "rounding"}
-    | {"batch", "closure", "method", "point", "stats", "vec"},
+    | {"batch", "closure", "groups", "method", "point", "stats", "vec"},
 }
 
 

@@ -285,3 +285,15 @@ def test_nothing_of_the_step_in_progress_is_saved():
         before = snapshot(opt)
         step(opt, model, data, loss)
         assert all(same(state, before) for state in seen)
+
+
+@pytest.mark.parametrize(("one", "other"), [("gsam()", "gsam(sam())"), ("esam(beta=1)", "esam_sds()")])
+def test_one_method_written_in_two_ways_is_one_method(one, other):
+    model, data = nets.mlp()
+    opt = wrap(model, one)
+    step(opt, model, data)
+    again = wrap(model, other)
+    again.load_state_dict(opt.state_dict())
+    assert again.stats.steps == 1
+    with pytest.raises(ValueError, match=r"saved by .*, and this optimizer runs sam\(\)"):
+        wrap(model, "sam()").load_state_dict(opt.state_dict())

@@ -120,10 +120,21 @@ def test_clipping_by_value_and_by_the_users_own_hook():
     assert float(seen[1]) == pytest.approx(0.01, rel=1e-3)
 
 
-@pytest.mark.parametrize("clip", [0, -1.0, float("nan"), "norm"])
+@pytest.mark.parametrize("clip", [0, -1.0, float("nan"), "norm", True])
 def test_a_clip_that_means_nothing_is_refused(clip):
-    with pytest.raises((ValueError, TypeError), match="clip="):
+    with pytest.raises(ValueError if type(clip) in (int, float) else TypeError, match="clip="):
         wrap(nets.mlp()[0], "sam()", clip=clip)
+
+
+def test_a_scale_that_has_fallen_to_0_lets_no_step_count():
+    model, data = nets.mlp()
+    model, data = model.float(), (data[0].float(), data[1])
+    opt = wrap(model, "looksam(k=1)", scaler=torch.amp.GradScaler("cpu"))
+    for _ in range(200):
+        opt.step(steppe.Batch(model, lambda m, d: nets.losses(m, d) * float("nan"), data))
+    assert opt.scaler.get_scale() == 0
+    assert (opt.stats.steps, opt.stats.skipped) == (0, 200)
+    assert not opt._memory
 
 
 def test_a_scaler_that_calls_the_step_itself_is_refused():

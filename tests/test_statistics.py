@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 
@@ -13,6 +14,7 @@ from nets import losses, mlp
 from steppe.parts import FilterNoise, Masked
 from steppe.parts.perturb import Ascent
 from steppe.point import Memory, Point
+from steppe.products import squared_gradients
 
 
 def point(step=0, w=(), total=None):
@@ -144,3 +146,16 @@ def test_a_dynamic_mask_over_noise_has_its_gradient():
     for _ in range(5):
         opt.step(steppe.Batch(model, losses, batch))
     assert opt.stats.propagations == method.cost() == 2
+
+
+def test_squared_gradients_of_fp16_weights_do_not_vanish():
+    """A gradient of 1e-4 has a square that fp16 has not."""
+    model, (x, y) = mlp()
+    model = model.half()
+    twin, squares = copy.deepcopy(model).double(), []
+    for network, inputs in ((model, x.half()), (twin, x.half().double())):
+        batch = steppe.Batch(network, lambda m, d: 1e-3 * losses(m, d), (inputs, y))
+        squares.append(squared_gradients(batch, list(network.parameters()), len(y)))
+    for low, wide in zip(*squares, strict=True):
+        assert low.dtype == torch.float32
+        torch.testing.assert_close(low.double(), wide, rtol=0.1, atol=0.02 * float(wide.max()))

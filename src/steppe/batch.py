@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -23,7 +24,8 @@ class Batch:
 
     ``L = (1/B) Σᵢ ℓᵢ``. The first pass over a batch moves the running statistics of normalisation layers, once,
     whatever it is cut into; every further one normalises by the batch, leaves the statistics alone, and draws the same
-    random numbers (dropout, stochastic depth) as the first.
+    random numbers (dropout, stochastic depth) as the first. In a pass over selected examples (ESAM) they fall on other
+    examples than in the first.
 
     Args:
         model: the network, in the mode (train or eval) that the passes are to run in; maybe wrapped in
@@ -58,8 +60,8 @@ class Batch:
         self.size, self.device = extent(data)
         if self.size == 0:
             raise ValueError("the batch is empty: a step needs at least one example")
-        if not 1 <= micro <= self.size:
-            raise ValueError(f"micro={micro!r} must lie between 1 and the batch's {self.size} examples")
+        if not isinstance(micro, (int, numbers.Integral)) or not 1 <= micro <= self.size:
+            raise ValueError(f"micro={micro!r} must be a whole number between 1 and the batch's {self.size} examples")
         self._micro = micro
         self._parts: list[tuple[Any, int]] = [(data, self.size)]
         self._before: Any = None
@@ -128,7 +130,8 @@ class Batch:
             scaler: scales the loss.
 
         Returns:
-            Losses of the examples taken, detached, shape (B,) or (n,).
+            Losses of the examples taken, detached, shape (B,) or (n,); or their mean, shape (), where ``loss_fn`` gave
+            that and they ran in one piece.
         """
         if params is not None and not params:
             return self.losses(again=again)
@@ -145,8 +148,10 @@ class Batch:
                     slope = torch.full_like(each, weight * (1 if each.ndim else count) / size)
                     slope = slope if scaler is None else scaler.scale(slope)
                     each.backward(slope, inputs=inputs)  # type: ignore[no-untyped-call]
-                losses.append(each.detach().expand(count))
-        return losses[0] if len(losses) == 1 else torch.cat(losses)
+                losses.append(each.detach())
+        if len(losses) == 1:
+            return losses[0]
+        return torch.cat([each.expand(count) for each, (_, count) in zip(losses, parts, strict=True)])
 
     def losses(self, *, again: bool = True) -> Tensor:
         """Return the losses of all examples without a gradient, shape (B,)."""

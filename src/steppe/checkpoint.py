@@ -33,16 +33,18 @@ def pack(base: Optimizer, memories: State, header: dict[str, Any], declared: Map
     return {**saved, "state": state, "param_groups": [first, *others]}
 
 
-def unpack(base: Optimizer, memories: State, saved: dict[str, Any], method: str) -> dict[str, Any] | None:
+def unpack(base: Optimizer, memories: State, saved: dict[str, Any], names: dict[str, str]) -> dict[str, Any] | None:
     """Load what ``pack`` returned into the base and the memories, and return the header; None where it has none.
+
+    ``names`` tell the method: a state that was saved under one of them is its own.
 
     Raises:
         ValueError: if another method saved it, or if it was flattened on the way.
     """
     headers = [group[KEY] for group in saved["param_groups"] if KEY in group]
-    if headers and headers[0]["method"] != method:
-        saver = headers[0]["method"]
-        raise ValueError(f"the state was saved by {saver}, and this optimizer runs {method}: build that one")
+    if headers and not any(headers[0].get(kind) == name for kind, name in names.items()):
+        saver, here = headers[0]["method"], names["method"]
+        raise ValueError(f"the state was saved by {saver}, and this optimizer runs {here}: build that one")
     if not headers and any(isinstance(i, str) for i in _ids(saved)):
         raise ValueError(
             "the state goes by names and holds no method: use StateDictOptions(flatten_optimizer_state_dict=False), "

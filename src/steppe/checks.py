@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 
 
@@ -46,7 +47,7 @@ def above_one(**values: float) -> None:
 def count(**values: int) -> None:
     """Refuse a value that is not a whole number of at least 1."""
     for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}={value!r} must be a whole number ≥ 1")
 
 

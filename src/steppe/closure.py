@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.weak import TensorWeakRef
 
-from . import caches, rng
+from . import caches, norms, rng
 from .ranks import Ranks
 from .vec import Vec
 
@@ -65,20 +64,20 @@ class Left:
     """What a step left in ``.grad``, to see whether somebody has accumulated other gradients since."""
 
     def __init__(self, params: Vec) -> None:
-        self._params, self._kept = params, next((p for p in params if p.grad is not None), None)
-        if self._kept is not None and self._kept.grad is not None:
-            self._ref, self._version = TensorWeakRef(self._kept.grad), self._kept.grad._version
+        self._kept = {p: (TensorWeakRef(p.grad), p.grad._version) for p in params if p.grad is not None}
 
-    def is_changed(self) -> bool:
-        """Whether there are gradients that the step did not leave."""
-        if self._kept is None or self._kept.grad is None:
-            return any(p.grad is not None for p in self._params)
-        return self._kept.grad is not self._ref() or self._kept.grad._version != self._version
+    def is_changed(self, params: Vec) -> bool:
+        """Whether there are gradients other than 0 that the step did not leave."""
+        return any(p.grad is not None and not self._is_left(p, p.grad) and bool(p.grad.any()) for p in params)
+
+    def _is_left(self, p: Tensor, grad: Tensor) -> bool:
+        ref, version = self._kept.get(p, (None, 0))
+        return ref is not None and ref() is grad and grad._version == version
 
 
 def _refuse_statistics(module: nn.Module, _: Any) -> None:
-    if isinstance(module, _NormBase) and module.training and module.track_running_stats:
+    if module.training and norms.holding(module):
         raise TypeError(
-            f"a bare closure cannot hold the running statistics of {type(module).__name__} in the second pass: "
+            f"a bare closure cannot hold the statistics of {type(module).__name__} in the second pass: "
             f"{BATCH}; {INTEGRATIONS}"
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -52,8 +53,15 @@ def _map(data: Any, change: Any) -> Any:
     if isinstance(data, Tensor):
         return change(data)
     if isinstance(data, Mapping):
-        return {key: _map(value, change) for key, value in data.items()}
+        changed = {key: _map(value, change) for key, value in data.items()}
+        if type(data) is dict or not isinstance(data, MutableMapping):
+            return changed
+        same_type = copy.copy(data)
+        same_type.update(changed)
+        return same_type
     if isinstance(data, Sequence) and not isinstance(data, str):
         parts = [_map(value, change) for value in data]
+        if all(new is old for new, old in zip(parts, data, strict=True)):
+            return data
         return type(data)(*parts) if hasattr(data, "_fields") else type(data)(parts)  # type: ignore[call-arg]
     return data

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Optimizer
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
-def radii(groups: list[dict[str, Any]]) -> dict[Tensor, float]:
+def radii(base: Optimizer) -> dict[Tensor, float]:
     """Return the radius of each parameter whose group has one: the key ``"rho"``.
+
+    A base that has a rho of its own, as Adadelta its averaging factor, keeps it for itself.
 
     Raises:
         ValueError: if a radius is negative or not finite.
     """
     found: dict[Tensor, float] = {}
-    for i, group in enumerate(groups):
+    if "rho" in base.defaults:
+        return found
+    for i, group in enumerate(base.param_groups):
         rho = group.get("rho")
         if rho is None:
             continue
-        if not math.isfinite(rho) or rho < 0:
+        if not isinstance(rho, (numbers.Real, Tensor)) or not 0 <= float(rho) < math.inf:
             raise ValueError(f"rho={rho!r} of parameter group {i} must be a finite number ≥ 0")
         found.update(dict.fromkeys(group["params"], float(rho)))
     return found

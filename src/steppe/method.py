@@ -126,8 +126,8 @@ class Method:
         sharp += self.second_share(batch_size)
         sharp += PRODUCT if self.combine.needs_product else 0
         share = self.when.share(total_steps)
-        extra = self.perturb.extra(batch_size, total_steps)
-        return share * (sharp + extra) + (1 - share)
+        extra = self.perturb.extra(batch_size, total_steps, self.when)
+        return share * sharp + extra + (1 - share)
 
     def second_share(self, batch_size: int) -> float:
         """Return the share of a batch that pass two sees."""

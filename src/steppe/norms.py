@@ -29,7 +29,7 @@ def held(model: nn.Module, hold: Hold | None = None) -> Iterator[None]:
         model: the network.
         hold: ``hold(model)`` returns a context manager that holds the layers torch does not know.
     """
-    resting = [change for module in model.modules() if _is_known(module) for change in _resting(module)]
+    resting = [change for module in model.modules() if _is_known(module) for change in holding(module)]
     with _changed(resting), nullcontext() if hold is None else hold(model):
         yield
 
@@ -116,20 +116,20 @@ def _is_known(module: nn.Module) -> bool:
     return isinstance(module, (_NormBase, _SpectralNorm)) or bool(module._forward_pre_hooks)
 
 
-def _resting(module: nn.Module) -> list[Change]:
+def holding(module: nn.Module) -> list[Change]:
     """Return what holds a layer's statistics.
 
     Torch's instance norms move their averages whatever their flag says, so they lose them.
     """
     if not isinstance(module, _NormBase):
-        return _resting_power(module)
+        return _holding_power(module)
     if not (module.training and module.track_running_stats) or module.running_mean is None:
         return []
     averages = ("running_mean", "running_var") if isinstance(module, _InstanceNorm) else ()
     return [(module, "track_running_stats", False), *((module, name, None) for name in averages)]
 
 
-def _resting_power(module: nn.Module) -> list[Change]:
+def _holding_power(module: nn.Module) -> list[Change]:
     """Return what holds the power iteration of a spectral norm, of either kind."""
     if isinstance(module, _SpectralNorm):
         return [(module, "training", False)]
@@ -140,7 +140,7 @@ def _resting_power(module: nn.Module) -> list[Change]:
 @contextmanager
 def _held_others(model: nn.Module, hold: Hold | None) -> Iterator[None]:
     """Hold what keeps statistics that cannot be averaged: spectral norms, and what only the user knows."""
-    resting = [change for module in model.modules() if _is_known(module) for change in _resting_power(module)]
+    resting = [change for module in model.modules() if _is_known(module) for change in _holding_power(module)]
     with _changed(resting), nullcontext() if hold is None else hold(model):
         yield
 

@@ -70,7 +70,7 @@ class Passes(Wrapper):
         if looked:
             before = self._run(source, [], look=early)
         slopes = _take(params, copy=ranks.shared_buffers and combine.needs_g0)
-        radii = groups.radii(self.base.param_groups)
+        radii = groups.radii(self.base)
         if combine.needs_product and set(radii.values()) - {rho}:
             raise ValueError(
                 f"{combine!r} has one radius for all weights: no parameter group may have a rho of its own"
@@ -99,7 +99,8 @@ class Passes(Wrapper):
             at.w, at.spare = home, True
             for inner in range(1, perturb.passes):
                 self._run(source, picked, again=True, reduce=not local)
-                at.g0 = [torch.zeros_like(p) if g is None else g for p, g in zip(moved, _take(moved), strict=True)]
+                found = dict(zip(params, _take(params), strict=True))
+                at.g0 = [torch.zeros_like(p) if (g := found[p]) is None else g for p in moved]
                 self._climb(at, moved, radii, low, inner)
             at.g0 = []
             rows = None
@@ -130,14 +131,14 @@ class Passes(Wrapper):
     def _picked(self, at: Point, params: Vec) -> Vec | None:
         """Return the parameters that pass one differentiates; None for all of them."""
         picks = self.method.perturb.picks(at, len(params))
-        radii = groups.radii(self.base.param_groups)
+        radii = groups.radii(self.base)
         if 0 in radii.values() and not self.method.combine.needs_g0:
             picks = [pick and radii.get(p) != 0 for p, pick in zip(params, picks or [True] * len(params), strict=True)]
         return None if picks is None else [p for p, pick in zip(params, picks, strict=True) if pick]
 
     def _masks(self) -> bool:
         """Whether pass one may differentiate a part of the parameters only."""
-        frozen = 0 in groups.radii(self.base.param_groups).values() and not self.method.combine.needs_g0
+        frozen = 0 in groups.radii(self.base).values() and not self.method.combine.needs_g0
         return frozen or self.method.perturb.share < 1
 
     def _climb(self, at: Point, moved: Vec, radii: dict[Tensor, float], low: bool, inner: int) -> None:

@@ -113,8 +113,11 @@ class When(Protocol):
         """Whether the length of the training must be known."""
         return False
 
-    def share(self, total: int | None) -> float:
-        """Return the expected share of sharp steps, over ``total`` steps or in the limit of many."""
+    def share(self, total: int | None, among: int = 1) -> float:
+        """Return the expected share of sharp steps over ``total`` steps, None for the limit of many.
+
+        Only steps 0, ``among``, 2 ``among``, ... are looked at.
+        """
         ...
 
     def __call__(self, at: Point) -> float | None:
@@ -149,8 +152,8 @@ class Perturb(Protocol):
         """Return how many examples' squared gradients the step needs, mostly 0."""
         return 0
 
-    def extra(self, batch_size: int, total: int | None) -> float:
-        """Return the expected propagations a step that ``fisher_examples`` adds."""
+    def extra(self, batch_size: int, total: int | None, when: When) -> float:
+        """Return the expected propagations a step that ``fisher_examples`` adds, on the steps that ``when`` says."""
         return 0.0
 
     def __call__(self, at: Point, rho: float) -> tuple[Vec, Tensor | float]:

@@ -98,14 +98,14 @@ def hessian_product(batch: Batch, params: Vec, direction: Vec, scaler: torch.amp
 
 
 def squared_gradients(batch: Batch, params: Vec, count: int) -> Vec:
-    """Return ``Σᵢ (∇ℓᵢ)²`` over the first ``count`` examples, each run alone and in eval mode.
+    """Return ``Σᵢ (∇ℓᵢ)²`` over the first ``count`` examples, each run alone and in eval mode, in float32 at least.
 
     The examples are this rank's; of a sharded model, those of all ranks, one after the other.
 
     Cost:
         A propagation of each of the examples.
     """
-    total = [torch.zeros_like(p) for p in params]
+    total = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in params]
     sharded = bool(batch.ranks.sharded)
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
@@ -119,8 +119,9 @@ def squared_gradients(batch: Batch, params: Vec, count: int) -> Vec:
             loss.backward(inputs=None if sharded else params)  # type: ignore[no-untyped-call]
             for p, t in zip(params, total, strict=True):
                 if p.grad is not None:
-                    vec.mul_([p.grad], [p.grad])
-                    vec.add_([t], [p.grad])
+                    wide = [p.grad.to(t.dtype)]
+                    vec.mul_(wide, wide)
+                    vec.add_([t], wide)
                 p.grad = None
     return total
 

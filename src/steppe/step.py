@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from . import checks, split, update, vec
+from . import checks, groups, split, update, vec
 from . import rounding as low_precision
 from .batch import Batch
 from .checkpoint import pack, unpack
@@ -23,7 +23,6 @@ from .ranks import Ranks
 from .second_order import SecondOrder
 from .stats import Stats
 from .vec import Vec
-from .wrapper import refuse_complex
 
 
 class SharpnessAware(Passes):
@@ -31,7 +30,7 @@ class SharpnessAware(Passes):
 
     ``g0 = ∇L_B(w)``, ``g1 = ∇L_B'(w + ε)``; the direction that the method makes of the two is handed to the base as
     ``.grad``. Parameter groups and state are the base's own, so a learning-rate scheduler may be built on either. A
-    group's key ``"rho"`` is its own radius; 0 leaves the group unperturbed.
+    group's key ``"rho"`` is its own radius on the steps that the method makes sharp; 0 leaves the group unperturbed.
 
     Args:
         base: the optimizer that takes the step, over the parameters to be trained.
@@ -49,11 +48,11 @@ class SharpnessAware(Passes):
 
     Raises:
         TypeError: if ``base`` is no optimizer that takes one gradient a step, or ``method`` is no ``Method``.
-        ValueError: if nothing is trainable, a parameter is complex, an option is unknown or excluded by the method, or
-            the method needs ``total_steps`` and does not get it.
+        ValueError: if nothing is trainable, a parameter is complex, the base maximizes, an option is unknown or
+            excluded by the method, or the method needs ``total_steps`` and does not get it.
     """
 
-    _left: Left | None = None
+    _left = Left([])
     _step_supports_amp_scaling = True  # a scaler that calls step() itself shows in ``grad_scale``, and is refused
 
     def __init__(
@@ -85,12 +84,12 @@ class SharpnessAware(Passes):
         method = self.method
         if not self.trainable():
             raise ValueError("the base optimizer holds no trainable parameter: none has requires_grad=True")
-        refuse_complex(self.trainable())
+        self._refuse()
         checks.one_of(ascent=(self.ascent, ("global", "local")))
         checks.one_of(rounding=(self.rounding, ("stochastic", "nearest", "float32")))
         update.check_clip(self.clip)
-        if self.total_steps is not None and self.total_steps < 1:
-            raise ValueError(f"total_steps={self.total_steps!r} must be at least 1")
+        if self.total_steps is not None:
+            checks.count(total_steps=self.total_steps)
         if method.needs_total and self.total_steps is None:
             raise ValueError(
                 f"{method!r} follows a schedule: give SharpnessAware(..., total_steps=<steps of the training>)"
@@ -128,22 +127,36 @@ class SharpnessAware(Passes):
             self.base.step()  # so torch.distributed.checkpoint has the state made
             return torch.zeros(())
         source = self._source(closure, second)
+        self.stats.examples += source.size
+        try:
+            return self._advance(source, second)
+        except BaseException:
+            for p in self.params():
+                p.grad = None
+            raise
+
+    def _advance(self, source: Source, second: Batch | None) -> Tensor:
+        """Run the passes, let the base step, and return the mean loss of pass one."""
         if isinstance(self.base, SecondOrder):
             self.base.begin()
         method, ranks, params = self.method, source.ranks, self.trainable()
-        rho = method.when(self._point([], 0))
+        rho, own = method.when(self._point([], 0)), groups.radii(self.base)
+        if rho and own and not any(own.get(p, rho) for p in params):
+            rho = 0.0
         local = ranks.ddp is not None and (self.ascent == "local" or method.m is not None)
         late = local and bool(rho) and (method.m is not None or method.combine.needs_g0)
         parts = source.groups(method.m) if rho and method.m and isinstance(source, Batch) else [source]
         sums: dict[Tensor, Tensor] = {}
         firsts: list[Tensor] = []
         seen: list[Tensor] = []
+        sharp = False
         for number, part in enumerate(parts):
             at = self._point(params, ranks.rank * len(parts) + number if local else number)
             weight = part.size / source.size
             means = self._direction(at, part, second, rho, share=weight, local=local, reduce=not late)
             firsts.append(means[0] if weight == 1 else weight * means[0])
             seen += means
+            sharp = sharp or at.rho > 0
             for p in params if len(parts) > 1 else []:
                 if p.grad is not None:
                     sums[p] = sums[p].add_(p.grad, alpha=weight) if p in sums else p.grad.mul_(weight)
@@ -152,11 +165,10 @@ class SharpnessAware(Passes):
         if late:
             ranks.mean_gradients(params)
         self._check_finite(seen, source)
-        self.stats.examples += source.size
         if update.take(self.base, params, self.scaler, self.clip):
             at.memory.commit()
             self.stats.steps += 1
-            self.stats.sharp += at.rho > 0
+            self.stats.sharp += sharp
             if isinstance(self.base, SecondOrder):
                 self.stats.count(self.base.late)
         else:
@@ -225,7 +237,7 @@ class SharpnessAware(Passes):
             reason = "on several ranks the gradients of a masked pass are averaged by hand, which needs the model"
         elif self.rounding == "float32":
             reason = "a bare closure hides the model, which is to be run in float32"
-        elif self._left.is_changed() if self._left else any(p.grad is not None for p in self.trainable()):
+        elif self._left.is_changed(self.trainable()):
             reason = (
                 "gradients were accumulated before this step, which a bare closure cannot repeat at w + ε (clear them "
                 "with opt.zero_grad() if they are not meant; Batch.from_micro_batches takes several micro-batches)"
@@ -240,10 +252,14 @@ class SharpnessAware(Passes):
         return Point(self.stats.steps, self.total_steps, lr, peak, self.seed, group, Memory(self._memory, params))
 
     def _save(self) -> dict[str, Any]:
-        header = {"method": repr(self.method), "seed": self.seed, "stats": asdict(self.stats)}
+        header = {**self._names(), "seed": self.seed, "stats": asdict(self.stats)}
         return pack(self.base, self._memory, header, self.method.memories)
 
+    def _names(self) -> dict[str, str]:
+        """Return what tells the method: its expression, and its parts, which several expressions may share."""
+        return {"method": repr(self.method), "parts": repr(replace(self.method, text=""))}
+
     def _load(self, saved: dict[str, Any]) -> None:
-        header = unpack(self.base, self._memory, saved, repr(self.method))
+        header = unpack(self.base, self._memory, saved, self._names())
         self.stats = Stats(**header["stats"]) if header else Stats()
         self.seed = header["seed"] if header else self.seed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +22,11 @@ def check_clip(clip: Clip) -> None:
         TypeError: if it is neither a number nor callable.
         ValueError: if the norm is not above 0.
     """
-    if clip is not None and not callable(clip):
-        checks.positive(clip=clip)
+    if clip is None or callable(clip):
+        return
+    if isinstance(clip, bool) or not isinstance(clip, numbers.Real):
+        raise TypeError(f"clip={clip!r} must be a number > 0, or a function of the list of parameters")
+    checks.positive(clip=float(clip))
 
 
 def take(base: Optimizer, params: list[Tensor], scaler: torch.amp.GradScaler | None, clip: Clip) -> bool:
@@ -42,4 +46,4 @@ def take(base: Optimizer, params: list[Tensor], scaler: torch.amp.GradScaler | N
     before = scaler.get_scale()
     scaler.step(base)
     scaler.update()
-    return scaler.get_scale() >= before
+    return scaler.get_scale() >= before > 0

@@ -46,13 +46,17 @@ def total(parts: Sequence[Tensor], u: Sequence[Tensor]) -> Tensor:
     return _everywhere(parts, u).sum(0)
 
 
-def over(numerator: float, denominator: Tensor) -> Tensor | float:
-    """Return ``numerator / denominator``; 0 where that is too small to divide by: what vanishes has no direction."""
-    tiny = torch.finfo(denominator.dtype).tiny
+def over(numerator: float, denominator: Tensor, beside: Tensor | None = None) -> Tensor | float:
+    """Return ``numerator / denominator``; 0 where that is too small to divide by: what vanishes has no direction.
+
+    ``beside`` is the size of what the denominator is a difference of, and ten times its precision is too small too.
+    """
+    limits = torch.finfo(denominator.dtype)
     if denominator.device.type != "cpu":
-        return torch.where(denominator <= tiny, 0.0, numerator / denominator)
-    number = float(denominator)
-    return 0.0 if number <= tiny else numerator / number
+        least = limits.tiny if beside is None else (10 * limits.eps * beside).clamp(min=limits.tiny)
+        return torch.where(denominator <= least, 0.0, numerator / denominator)
+    number, least = float(denominator), limits.tiny if beside is None else 10 * limits.eps * float(beside)
+    return 0.0 if number <= max(least, limits.tiny) else numerator / number
 
 
 def clone(u: Sequence[Tensor]) -> Vec:

@@ -50,12 +50,12 @@ class Wrapper(Optimizer):
         """Add a group to the base, and so to this optimizer.
 
         Raises:
-            ValueError: if a parameter is complex.
+            ValueError: if a parameter is complex, or the group maximizes.
         """
         if "base" in self.__dict__:
             self.base.add_param_group(param_group)
             try:
-                refuse_complex(self.params())
+                self._refuse()
             except ValueError:
                 self.base.param_groups.pop()
                 raise
@@ -91,6 +91,11 @@ class Wrapper(Optimizer):
     def params(self) -> Vec:
         """Return all parameters, in the order of the groups."""
         return [p for group in self.base.param_groups for p in group["params"]]
+
+    def _refuse(self) -> None:
+        refuse_complex(self.trainable())
+        if any(group.get("maximize") for group in self.param_groups):
+            raise ValueError("the base has maximize=True, but ε climbs the loss: leave it out, and return −loss")
 
     def trainable(self) -> Vec:
         """Return the parameters that require a gradient."""

@@ -123,7 +123,7 @@ class Look(Combine):
     def __call__(self, at: Point, g1: Vec | None) -> Vec:
         if g1 is not None:
             gv = vec.reject(g1, at.g0)
-            vec.scale_(gv, vec.over(1.0, vec.norm(gv)))
+            vec.scale_(gv, vec.over(1.0, vec.norm(gv), beside=vec.norm(g1)))
             at.memory.write("gv", gv)
             return g1
         if "gv" in at.memory:

@@ -33,8 +33,11 @@ class Ascent(Perturb):
         if self.p == 2:
             return at.g0, vec.over(rho, vec.norm(at.g0))
         q = 1.0 if self.p == math.inf else self.p / (self.p - 1)
-        factor = rho if self.p == math.inf else vec.over(rho, vec.norm(at.g0, q) ** (q / self.p))
         direction = at.g0 if at.spare else vec.clone(at.g0)
+        factor: Tensor | float = rho
+        if self.p < math.inf:  # the largest entry becomes 1, which no power takes out of the type's range
+            vec.scale_(direction, vec.over(1.0, vec.norm(direction, math.inf)))
+            factor = vec.over(rho, vec.norm(direction, q) ** (q / self.p))
         for g in vec.local(direction):
             g.copy_(g.sign() * g.abs() ** (q - 1))
         return direction, factor

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from .. import checks
 
 
+@runtime_checkable
 class Schedule(Protocol):
     """A probability that changes over the training; ``text`` is the expression that builds it."""
 

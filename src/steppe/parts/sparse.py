@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, vec
-from ..point import Fill, Perturb, Point
+from ..point import Fill, Perturb, Point, When
 from ..vec import Vec
 from .perturb import Over
 
@@ -53,8 +53,11 @@ class FisherSparse(Over):
     def fisher_examples(self, step: int) -> int:
         return self.n if step > 0 and step % self.refresh == 0 else 0
 
-    def extra(self, batch_size: int, total: int | None) -> float:
-        refreshes = 1 / self.refresh if total is None else (total - 1) // self.refresh / total
+    def extra(self, batch_size: int, total: int | None, when: When) -> float:
+        if total is None:
+            refreshes = when.share(None, self.refresh) / self.refresh
+        else:
+            refreshes = (when.share(total, self.refresh) * math.ceil(total / self.refresh) - when.share(1)) / total
         return refreshes * min(self.n, batch_size) / batch_size
 
     def __call__(self, at: Point, rho: float) -> tuple[Vec, Tensor | float]:

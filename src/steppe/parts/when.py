@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -24,7 +24,7 @@ class Always(When):
     def __post_init__(self) -> None:
         checks.non_negative(rho=self.rho)
 
-    def share(self, total: int | None) -> float:
+    def share(self, total: int | None, among: int = 1) -> float:
         return 1.0 if self.rho > 0 else 0.0
 
     def __call__(self, at: Point) -> float:
@@ -44,7 +44,7 @@ class FollowLR(When):
         if self.rho_min > self.rho:
             raise ValueError(f"rho_min={self.rho_min!r} must not exceed rho={self.rho!r}")
 
-    def share(self, total: int | None) -> float:
+    def share(self, total: int | None, among: int = 1) -> float:
         return 1.0 if self.rho > 0 else 0.0
 
     def __call__(self, at: Point) -> float:
@@ -67,9 +67,10 @@ class Every(When):
     def needs_total(self) -> bool:
         return self.inner.needs_total
 
-    def share(self, total: int | None) -> float:
-        sharp = 1 / self.k if total is None else -(-total // self.k) / total
-        return self.inner.share(total) * sharp
+    def share(self, total: int | None, among: int = 1) -> float:
+        both = math.lcm(self.k, among)
+        sharp = among / both if total is None else math.ceil(total / both) / math.ceil(total / among)
+        return self.inner.share(total, both) * sharp
 
     def __call__(self, at: Point) -> float | None:
         return self.inner(at) if at.step % self.k == 0 else None
@@ -85,16 +86,16 @@ class Coin(When):
     def __post_init__(self) -> None:
         if isinstance(self.p, (int, float)):
             checks.probability(p=self.p)
-        elif not isinstance(self.p, Callable):  # type: ignore[arg-type]
+        elif not isinstance(self.p, Schedule):
             raise TypeError(f"p={self.p!r} must be a number in [0, 1] or a schedule such as linear(0, 1)")
 
     @property
     def needs_total(self) -> bool:
         return not isinstance(self.p, (int, float)) or self.inner.needs_total
 
-    def share(self, total: int | None) -> float:
+    def share(self, total: int | None, among: int = 1) -> float:
         heads = self.p if isinstance(self.p, (int, float)) else self.p.mean(total)
-        return heads * self.inner.share(total)
+        return heads * self.inner.share(total, among)
 
     def __call__(self, at: Point) -> float | None:
         if isinstance(self.p, (int, float)):

@@ -23,7 +23,7 @@ def ssam(rho: float | Method = 0.05, s: float = 0.5, n: int = 128, refresh: int 
         rho: radius of SAM's ball, or a method whose ε is taken. Default 0.05.
         s: share of the weights left alone, in [0, 1). Default 0.5.
         n: examples for the Fisher information, at most the batch. Default 128.
-        refresh: steps between two masks. Default 100.
+        refresh: steps between two masks; one that is due on a step that is not sharp is left out. Default 100.
 
     Raises:
         ValueError: if s lies outside [0, 1), n or refresh < 1, or the method given has a mask of its own.
@@ -49,7 +49,8 @@ def ssam_dynamic(rho: float | Method = 0.05, s: float = 0.5, drop: float = 0.5, 
         rho: radius of SAM's ball, or a method whose ε is taken. Default 0.05.
         s: share of the weights left alone, in [0, 1). Default 0.5.
         drop: d₀, share dropped at the start, in [0, 1]. Default 0.5.
-        refresh: steps between two changes of the mask. Default 100.
+        refresh: steps between two changes of the mask; one that is due on a step that is not sharp is left out.
+            Default 100.
 
     Raises:
         ValueError: if s lies outside [0, 1), drop outside [0, 1], refresh < 1, or the method given has a mask of its
