@@ -1,4 +1,4 @@
-"""Memory that a product has freed is there for the next one."""
+"""Memory that a product or a step has freed is there for the next one."""
 
 import os
 import platform
@@ -15,6 +15,11 @@ net = torch.nn.Linear(4, 2)
 if "measured" in sys.argv:
     data = [(torch.randn(8, 4), torch.zeros(8, dtype=torch.int64))]
     Analyzer(net, lambda m, b: torch.nn.functional.cross_entropy(m(b[0]), b[1], reduction="none"), data).trace()
+if "trained" in sys.argv:
+    from steppe.lab.config import Config
+    from steppe.lab.train import Training
+
+    Training(Config(train_size=100))
 
 def product():
     blocks = [torch.ones(1 << 20) for _ in range(40)]  # 4 MiB each
@@ -34,6 +39,7 @@ def faults(*arguments: str, **settings: str) -> int:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc is spoken to")
-def test_after_a_measurement_freed_memory_is_kept_unless_the_environment_says_otherwise():
-    assert faults("measured") < faults() / 5
-    assert faults("measured", MALLOC_TRIM_THRESHOLD_="131072") > faults("measured") * 5
+@pytest.mark.parametrize("work", ["measured", "trained"])
+def test_freed_memory_is_kept_unless_the_environment_says_otherwise(work):
+    assert faults(work) < faults() / 5
+    assert faults(work, MALLOC_TRIM_THRESHOLD_="131072") > faults(work) * 5

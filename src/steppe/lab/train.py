@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import steppe
+from steppe.curvature import heap
 from steppe.lab import bases, models
 from steppe.lab.augment import augment, normalize
 from steppe.lab.config import Config
@@ -48,6 +49,7 @@ class Training:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        heap.widen()
         _check_device(config.device)
         self.dataset = _dataset(
             config.data, config.seed, config.train_size, config.label_noise, config.validation, config.device
