@@ -15,13 +15,16 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: setup  ## cost of a step beside the peers, on ranks, in memory, and of curvature; needs a quiet machine
+bench: setup  ## cost of a step beside the peers, on ranks, in memory, of curvature and second order; wants a quiet machine
 	$(BIN)/pip install -q -c constraints.txt -e '.[bench,peers]'
 	$(BIN)/pip install -q -c constraints.txt --no-deps $(WITHOUT_TORCHVISION)
 	$(BIN)/python benchmarks/step_cost.py
 	$(BIN)/python benchmarks/ranks.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/curvature.py
+	$(BIN)/python benchmarks/second_order.py
+	$(BIN)/python benchmarks/steps_to_loss.py --cases digits --seeds 5
+	$(BIN)/python benchmarks/steps_to_loss.py --cases cifar10 --bases sgd adamw adahessian kfac
 
 setup: $(VENV)/.ready
 

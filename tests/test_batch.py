@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import UserDict
+from contextlib import nullcontext
 from itertools import pairwise
 from types import MappingProxyType
 
@@ -327,3 +328,38 @@ def test_no_pass_runs_in_vain(text, calls):
         step(opt, model, data)
         ran.append(seen.calls - before)
     assert ran == calls
+
+
+def test_a_second_batch_of_another_network_is_refused():
+    model, data = nets.mlp()
+    opt = wrap(model, "rwp(other=True)")
+    with pytest.raises(ValueError, match="another model"):
+        opt.step(steppe.Batch(model, nets.losses, data), steppe.Batch(nets.mlp()[0], nets.losses, data))
+
+
+def test_mixed_precision_is_that_of_the_device_the_model_is_on(monkeypatch):
+    """Data may be handed over on the CPU and moved by the loss."""
+    elsewhere, (model, data), kinds = nn.Linear(6, 3, device="meta"), nets.mlp(), []
+    batch = steppe.Batch(elsewhere, lambda _, batch: nets.losses(model, batch), data, autocast=torch.bfloat16)
+    monkeypatch.setattr(torch, "autocast", lambda kind, *_: kinds.append(kind) or nullcontext())
+    batch.losses()
+    assert kinds == ["meta"]
+
+
+@pytest.mark.parametrize("text", ["sam()", "esam(gamma=0.25)", "m_sharpness(sam(), 5)"])
+def test_lists_and_arrays_are_cut_with_the_tensors(text):
+    """What a loader makes of strings is a list."""
+    model, (x, y) = nets.mlp()
+    numbers, sizes = torch.arange(len(y)), []
+
+    def losses(model, batch):
+        x, y, numbers, names, (codes,), unit = batch
+        assert names == [f"example {i}" for i in numbers.tolist()]
+        assert (codes == numbers.numpy()).all()
+        assert unit == ("metre",)
+        sizes.append(len(names))
+        return nets.losses(model, (x, y))
+
+    data = (x, y, numbers, [f"example {i}" for i in numbers.tolist()], (numbers.numpy(),), ("metre",))
+    wrap(model, text).step(steppe.Batch(model, losses, data, micro=2))
+    assert max(sizes) == 6 if "m_" not in text else 3

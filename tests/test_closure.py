@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.optim import SGD
@@ -119,3 +120,14 @@ def test_a_closure_goes_on_after_a_step_that_failed(place):
     opt.step(closure)
     assert opt.stats.steps == 1
     assert opt.stats.propagations == (2 if place == "loss" else 1.5)
+
+
+def test_a_compiled_network_hides_no_running_statistics():
+    """It calls no hook of its layers once it is compiled."""
+    model, data = nets.convnet()
+    compiled = torch.compile(model, backend="eager")
+    nets.losses(compiled, data)
+    opt, before = wrap(model, "sam()"), weights(model)
+    with pytest.raises(TypeError, match=r"BatchNorm2d.*steppe\.Batch"):
+        opt.step(closure_of(opt, compiled, data))
+    assert same(weights(model), before)

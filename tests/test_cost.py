@@ -41,6 +41,7 @@ COSTS = {
     "looksam()": 1.2,
     "looksam(k=2)": 1.5,
     "ssam(n=6, refresh=10)": 2 + 0.05,
+    "rst(ssam(n=6, refresh=4), p=linear(0, 1))": 1.5 + 0.5 * 0.5 / 4,
     "ssam_dynamic()": 2,
 }
 
@@ -124,6 +125,24 @@ def test_intervals_that_fall_on_one_another_are_counted_together(expression):
         opt.step(steppe.Batch(model, losses, batch))
     assert method.cost(12, steps) == pytest.approx(opt.stats.propagations, abs=1e-12)
     assert method.cost(12) == pytest.approx(opt.stats.propagations, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("expression", "total", "cost"),
+    [
+        ("rst(looksam(k=5), p=linear(0, 1))", 10, 1 + (0 + 5 / 10) / 10),
+        ("rst(looksam(k=5), p=linear(0, 1))", 20, 1 + (0 + 5 + 10 + 15) / 20 / 20),
+        ("rst(ssam(n=6, refresh=4), p=linear(0, 1))", 12, 1 + sum(range(12)) / 12 / 12 + (4 + 8) / 12 * 0.5 / 12),
+    ],
+)
+def test_a_schedule_over_intervals_is_read_at_the_steps_that_are_due(expression, total, cost):
+    assert steppe.parse(expression).cost(batch_size=12, total_steps=total) == pytest.approx(cost, abs=1e-12)
+
+
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"batch_size": -5}, {"total_steps": 0}, {"total_steps": 1.5}])
+def test_the_cost_of_no_step_at_all_is_refused(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
+        steppe.parse("rst(esam(), p=linear(0, 1))").cost(**wrong)
 
 
 @pytest.mark.parametrize("k", [2, 3])

@@ -108,3 +108,10 @@ def test_a_base_that_maximizes_is_refused():
     with pytest.raises(ValueError, match="maximize=True"):
         opt.add_param_group({"params": model[2].parameters(), "maximize": True})
     assert len(opt.param_groups) == 1
+
+
+def test_adadelta_takes_the_rho_of_no_group_for_a_radius_of_0():
+    model, data = nets.mlp()
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "rho": 0.0}]
+    with pytest.raises(ValueError, match="Adadelta takes the rho=0"):
+        step(steppe.SharpnessAware(Adadelta(groups), steppe.sam()), model, data)

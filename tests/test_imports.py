@@ -27,6 +27,7 @@ MAY = {
     "groups": set(),
     "update": {"checks"},
     "wrapper": {"vec"},
+    "others": {"vec"},
     "rounding": {"vec"},
     "point": {"rng", "vec"},
     "checkpoint": {"point"},
@@ -50,12 +51,13 @@ MAY = {
         "batch",
         "closure",
         "method",
+        "others",
         "point",
         "second_order",
         "stats",
     },
     "step": {"passes", "second_order", "ranks", "wrapper", "update", "checkpoint", "split", "checks", "rounding"}
-    | {"batch", "closure", "groups", "method", "point", "stats", "vec"},
+    | {"batch", "closure", "groups", "method", "others", "point", "stats", "vec"},
 }
 
 

@@ -326,3 +326,16 @@ def test_evaluation_agrees_with_that_after_one_large_batch():
             step(opt, model, data, micro=micro)
         outs.append(model[0:2].eval()(data[0]))
     assert (outs[0] - outs[1]).norm() / outs[0].norm() < 0.02
+
+
+def test_a_scripted_network_is_refused_where_its_statistics_would_move_twice():
+    model, data = nets.convnet()
+    scripted = torch.jit.script(model)
+    opt = wrap(scripted, "sam()")
+    before = [p.detach().clone() for p in scripted.parameters()]
+    with pytest.raises(ValueError, match=r"torch\.jit\.script"):
+        step(opt, scripted, data)
+    assert same(before, [p.detach() for p in scripted.parameters()])
+    scripted.eval()
+    step(opt, scripted, data)
+    assert opt.stats.steps == 1

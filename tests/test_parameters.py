@@ -502,3 +502,12 @@ def test_noise_on_several_devices():
     for _ in range(4):
         step(opt, model, data, crossed)
     assert all(t.isfinite().all() for t in weights(model))
+
+
+def test_what_looksam_keeps_is_a_unit_vector_whichever_layers_a_step_uses():
+    branches, data = nn.ModuleList([nets.mlp(seed)[0] for seed in (0, 1)]), nets.mlp()[1]
+    opt = wrap(branches, "looksam(k=1)")
+    for step_number in range(4):
+        opt.step(steppe.Batch(branches, lambda m, d, i=step_number % 2: nets.losses(m[i], d), data))
+        kept = torch.cat([named["gv"].reshape(-1) for named in opt._memory.values()])
+        assert float(kept.norm()) == pytest.approx(1, abs=1e-12)

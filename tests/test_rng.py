@@ -154,3 +154,16 @@ def test_a_closure_replays_too():
     opt.step(steppe.Batch(model, nets.losses, (x, y)))
     assert not torch.equal(torch.get_rng_state(), after)
     assert not same(model.drawn[2], model.drawn[1])
+
+
+def test_pass_two_on_another_batch_draws_what_pass_one_drew():
+    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3)).double()
+    _, data = nets.mlp()
+    seen = []
+    model[1].register_forward_hook(lambda _m, inputs, out: seen.append(out != 0))
+    opt = wrap(model, "rwp(other=True)")
+    one, two = (steppe.Batch(model, nets.losses, data) for _ in range(2))
+    for first, second in ((one, two), (two, one), (two, one)):
+        opt.step(first, second)
+    assert same(seen[0::2], seen[1::2])
+    assert not same(seen[2], seen[4])

@@ -164,3 +164,28 @@ def test_buffers_and_mixed_types_come_back():
 
     step(opt, model.eval(), (x.bfloat16(), y), loss_fn=losses)
     assert same(before, weights(model))
+
+
+def test_statistics_that_move_in_a_float32_copy_have_moved():
+    """At alpha = 0 the perturbed pass is the only one."""
+    model, (x, y) = nets.convnet()
+    model, data = model.bfloat16(), (x.bfloat16(), y)
+    step(wrap(model, "rwp(alpha=0)", rounding="float32"), model, data)
+    assert int(model[1].num_batches_tracked) == 1
+    assert float(model[1].running_mean.abs().min()) > 0
+    assert model[1].running_mean.dtype == torch.bfloat16
+
+
+def test_groups_of_unlike_radii_are_rounded_by_draws_of_their_own():
+    model = nn.ParameterList([torch.full((1000,), 0.3, dtype=torch.bfloat16) for _ in range(2)])
+    moves = []
+
+    def losses(model, x):
+        moves.append([p.detach().clone() for p in model])
+        return x @ model[0] + x @ model[1]
+
+    base = SGD([{"params": [p], "rho": rho} for p, rho in zip(model, (0.05, 0.0500001), strict=True)], lr=0.1)
+    steppe.SharpnessAware(base, steppe.sam()).step(steppe.Batch(model, losses, torch.ones(4, 1000).bfloat16()))
+    up = [after > before for before, after in zip(*moves, strict=True)]
+    assert 0.2 < float(up[0].float().mean()) < 0.8
+    assert 0.3 < float((up[0] == up[1]).float().mean()) < 0.8

@@ -209,3 +209,39 @@ def test_fp16_on_cuda(text):
         last = step(opt, model, data, autocast=torch.float16)
     assert last < first
     assert opt.stats.steps + opt.stats.skipped == 61
+
+
+def test_a_disabled_scaler_is_none_to_a_closure():
+    model, data = nets.mlp()
+    opt = wrap(model, "sam()", scaler=torch.amp.GradScaler("cpu", enabled=False))
+
+    def closure():
+        opt.zero_grad()
+        loss = nets.losses(model, data).mean()
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+    assert opt.stats.steps == 1
+
+
+def test_the_step_after_a_clip_that_raised_is_a_step():
+    model, data = small()
+    strict = partial(clip_grad_norm_, max_norm=1.0, error_if_nonfinite=True)
+    opt, calls = wrap(model, "sam()", scaler=scaler(), clip=strict), [0]
+    before = weights(model)
+    with pytest.raises(RuntimeError, match="non-finite"):
+        step(opt, model, data, loss_fn=partial(overflowing, call=2, calls=calls))
+    assert same(weights(model), before)
+    step(opt, model, data)
+    assert (opt.stats.steps, opt.scaler.get_scale()) == (1, SCALE / 2)
+
+
+def test_the_step_after_one_that_a_scaler_called_is_a_step():
+    model, data = nets.mlp()
+    opt, outside = wrap(model, "sam()"), scaler()
+    outside.scale(nets.losses(model, data).mean()).backward()
+    with pytest.raises(TypeError, match="GradScaler called the step"):
+        outside.step(opt)
+    step(opt, model, data)
+    assert opt.stats.steps == 1

@@ -125,6 +125,20 @@ def test_the_density_of_a_dynamic_mask_never_changes():
     assert changes[0] > changes[15] > changes[-1] >= 0
 
 
+def test_the_density_of_a_dynamic_mask_comes_back_after_layers_were_unfrozen():
+    model, batch = mlp()
+    method = steppe.ssam_dynamic(s=0.5, refresh=2)
+    opt = steppe.SharpnessAware(torch.optim.SGD(model.parameters(), lr=0.1), method, total_steps=30)
+    model[:4].requires_grad_(False)
+    for _ in range(3):
+        opt.step(steppe.Batch(model, losses, batch))
+    model.requires_grad_(True)
+    for _ in range(2):
+        opt.step(steppe.Batch(model, losses, batch))
+    mask = torch.cat([state["steppe.mask"].flatten() for state in opt.state_dict()["state"].values()])
+    assert int(mask.sum()) == round(0.5 * len(mask))
+
+
 @pytest.mark.parametrize("text", ["ssam_dynamic(refresh=1)", "ssam_dynamic(sam(steps=3), refresh=1)"])
 def test_a_dynamic_mask_changes_by_its_share_once_a_step(text):
     model, batch = mlp()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import math
 import re
@@ -287,3 +288,12 @@ def test_the_stated_cost_is_the_cost(function):
     if stated:
         method = function(*([steppe.sam()] if required else []))
         assert method.cost(128) == pytest.approx(float(stated[1]), abs=0.005)
+
+
+def test_a_method_changed_by_hand_is_no_longer_called_what_it_was():
+    method = dataclasses.replace(steppe.sam(), m=4)
+    parts = "when=Always(rho=0.05), perturb=Ascent(p=2.0, steps=1), combine=Second(), select=None, m=4"
+    assert repr(method) == f"Method({parts})"
+    by_hand = steppe.rst(steppe.sam(), p=steppe.parts.Linear(0.0, 1.0))
+    assert repr(by_hand) == "rst(sam(), p=Linear(start=0.0, end=1.0))"
+    assert dataclasses.replace(steppe.linear(0, 1), end=0.5) == steppe.linear(0, 0.5)

@@ -32,7 +32,8 @@ class Batch:
             ``DistributedDataParallel``, by ``fully_shard`` or by ``torch.compile``.
         loss_fn: ``loss_fn(model, data)`` returns the loss of each example, shape (B,); or their mean, shape (), for
             methods that look at no single examples.
-        data: the examples: a tensor, or a tuple, list or mapping of tensors with the batch along dimension 0.
+        data: the examples: a tensor, or a tuple, list or mapping of tensors with the batch along dimension 0. Arrays
+            and lists beside them (strings, say) are cut into rows with them where they are as long.
         micro: number of micro-batches that every pass is cut into, to save memory; default 1.
         autocast: dtype of mixed precision for the forward passes, or None.
         replay: whether every pass draws the random numbers of the first; False to draw them anew. Default True.
@@ -41,7 +42,7 @@ class Batch:
 
     Raises:
         ValueError: if the batch is empty, or ``micro`` is smaller than 1 or larger than the batch.
-        TypeError: from a step, if ``loss_fn`` does not return one loss for each example where that is needed.
+        TypeError: if ``data`` holds no tensor; from a step, if ``loss_fn`` does not return one loss for each example where that is needed.
     """
 
     def __init__(
@@ -153,6 +154,10 @@ class Batch:
             return losses[0]
         return torch.cat([each.expand(count) for each, (_, count) in zip(losses, parts, strict=True)])
 
+    def follow(self, first: Batch) -> None:
+        """Let further passes draw the random numbers of the first pass over another batch."""
+        self._before = first._before
+
     def losses(self, *, again: bool = True) -> Tensor:
         """Return the losses of all examples without a gradient, shape (B,)."""
         with torch.no_grad(), self.running(again) as begin, self.ranks.reducing(False):
@@ -190,7 +195,7 @@ class Batch:
             raise ValueError('rounding="float32" changes the type of the weights, which DDP and FSDP hold on to')
         self._wide = True
         try:
-            with widened([*self.model.parameters(), *self.model.buffers()]):
+            with widened(self.model.parameters(), self.model.buffers()):
                 yield
         finally:
             self._wide = False
@@ -199,9 +204,9 @@ class Batch:
         """Return the losses of one micro-batch of so many examples, shape (count,), or their mean, shape ()."""
         precision: AbstractContextManager[Any] = nullcontext()
         if self._wide:
-            data, precision = to_float32(data), torch.autocast(self.device.type, enabled=False)
+            data, precision = to_float32(data), torch.autocast(self._home().type, enabled=False)
         elif self.autocast is not None:
-            precision = torch.autocast(self.device.type, self.autocast)
+            precision = torch.autocast(self._home().type, self.autocast)
         with precision:
             losses = self.loss_fn(self.model, data)
         if isinstance(losses, Tensor) and losses.ndim == 0:
@@ -218,6 +223,10 @@ class Batch:
                 "as reduction='none' does, or their mean"
             )
         return losses
+
+    def _home(self) -> torch.device:
+        """Return where the model runs, whatever device its data are handed over on."""
+        return next((p.device for p in self.model.parameters()), self.device)
 
     def _keep_up(self, count: int) -> None:
         """Run the micro-batches that other ranks of a sharded model have more, with weight 0."""

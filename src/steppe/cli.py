@@ -83,7 +83,7 @@ def _parse(arguments: Sequence[str]) -> "Command":
     subcommands: Any = tuple(
         Annotated[type(default), tyro.conf.subcommand(name, default=default)] for name, default in commands.items()
     )
-    description = "Compare the methods that train neural networks into flat minima. (--version: its number)"
+    description = "Compare the methods that train neural networks into flat minima. `--version` prints the version."
     parsed: Command = tyro.cli(
         Union[subcommands],  # noqa: UP007
         args=arguments,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -25,12 +26,14 @@ class Closure:
         closure: clears the gradients, computes the loss, calls ``backward`` and returns the loss.
         trainable: every tensor that the optimizer trains.
         repeats: whether the step may call it more than once; then a running statistic cannot be held, and is refused.
+        eager: whether the first pass runs compiled networks eagerly: their layers are not seen otherwise.
     """
 
     size = 1
 
-    def __init__(self, closure: Callable[[], Any], trainable: Vec, *, repeats: bool) -> None:
+    def __init__(self, closure: Callable[[], Any], trainable: Vec, *, repeats: bool, eager: bool = False) -> None:
         self.closure, self.trainable, self.repeats = closure, trainable, repeats
+        self.eager = eager and repeats and "torch._dynamo" in sys.modules
         self.ranks = Ranks(None)
         self._before: Any = None
 
@@ -39,6 +42,8 @@ class Closure:
         with torch.enable_grad(), ExitStack() as stack:
             if self.repeats:
                 stack.callback(nn.modules.module.register_module_forward_pre_hook(_refuse_statistics).remove)
+            if self.eager and not again:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             if not again:
                 self._before = rng.states({p.device for p in self.trainable})
             else:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,12 +20,19 @@ def extent(data: Any) -> tuple[int, torch.device]:
 
 
 def take(data: Any, rows: Tensor | slice, size: int) -> Any:
-    """Return the rows of every tensor that has ``size`` of them; everything else as it is."""
+    """Return the rows of every tensor, array and plain list that has ``size`` of them; everything else as it is."""
 
     def cut(leaf: Tensor) -> Tensor:
         return leaf[rows] if leaf.ndim and len(leaf) == size else leaf
 
-    return _map(data, cut)
+    def cut_other(leaf: Any) -> Any:
+        if isinstance(leaf, np.ndarray) and leaf.ndim and len(leaf) == size:
+            return leaf[rows if isinstance(rows, slice) else rows.cpu().numpy()]
+        if type(leaf) in (list, tuple) and len(leaf) == size and next(leaves(leaf), None) is None:
+            return leaf[rows] if isinstance(rows, slice) else type(leaf)(leaf[i] for i in rows.tolist())
+        return leaf
+
+    return _map(data, cut, cut_other)
 
 
 def to_float32(data: Any) -> Any:
@@ -49,19 +57,22 @@ def leaves(data: Any) -> Iterator[Tensor]:
             yield from leaves(value)
 
 
-def _map(data: Any, change: Any) -> Any:
+def _map(data: Any, change: Any, change_other: Any = lambda leaf: leaf) -> Any:
     if isinstance(data, Tensor):
         return change(data)
     if isinstance(data, Mapping):
-        changed = {key: _map(value, change) for key, value in data.items()}
+        changed = {key: _map(value, change, change_other) for key, value in data.items()}
         if type(data) is dict or not isinstance(data, MutableMapping):
             return changed
         same_type = copy.copy(data)
         same_type.update(changed)
         return same_type
     if isinstance(data, Sequence) and not isinstance(data, str):
-        parts = [_map(value, change) for value in data]
+        changed = change_other(data)
+        if changed is not data:
+            return changed
+        parts = [_map(value, change, change_other) for value in data]
         if all(new is old for new, old in zip(parts, data, strict=True)):
             return data
         return type(data)(*parts) if hasattr(data, "_fields") else type(data)(parts)  # type: ignore[call-arg]
-    return data
+    return change_other(data)

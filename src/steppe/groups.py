@@ -19,10 +19,13 @@ def radii(base: Optimizer) -> dict[Tensor, float]:
     A base that has a rho of its own, as Adadelta its averaging factor, keeps it for itself.
 
     Raises:
-        ValueError: if a radius is negative or not finite.
+        ValueError: if a radius is negative or not finite, or is 0 where the base has a rho of its own.
     """
     found: dict[Tensor, float] = {}
     if "rho" in base.defaults:
+        if any(group["rho"] == 0 for group in base.param_groups):
+            raise ValueError(f"{type(base).__name__} takes the rho=0 of a parameter group for its own: no group can be "
+                             "left unperturbed with this base")  # fmt: skip
         return found
     for i, group in enumerate(base.param_groups):
         rho = group.get("rho")

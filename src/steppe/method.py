@@ -33,7 +33,7 @@ class Method:
         combine: which direction from the gradients g0 at w and g1 at w + ε.
         select: which examples pass two sees; None for all.
         m: number of examples that share one ε (m-sharpness); None for the whole batch.
-        text: the expression that builds the method; recipes fill it in.
+        text: the expression that builds the method; recipes fill it in, and ``dataclasses.replace`` drops it.
 
     Raises:
         ValueError: if two parts exclude each other; the message names both.
@@ -44,7 +44,7 @@ class Method:
     combine: Combine
     select: Select | None = None
     m: int | None = None
-    text: str = field(default="", compare=False)
+    text: str = field(default="", init=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.m is not None:
@@ -57,6 +57,8 @@ class Method:
             )
         if masked and not self.perturb.needs_g0:
             raise ValueError(f"{self.perturb!r} saves weight gradients of pass one, but its ε needs none of them")
+        if self.combine.needs_product and not self.perturb.is_steepest:
+            raise ValueError(f"{self.combine!r} differentiates ε = ρ g0/‖g0‖, but {self.perturb!r} makes another one")
         if self.m is not None:
             self.check_groups(f"m={self.m} cuts the step into groups")
         if self.m is not None and self.needs_second:
@@ -116,7 +118,11 @@ class Method:
         Args:
             batch_size: examples a step; matters where a selection is rounded to whole examples.
             total_steps: length of the training; None for the limit of many steps.
+
+        Raises:
+            ValueError: if one of the two is no whole number of at least 1.
         """
+        checks.count(batch_size=batch_size, **({} if total_steps is None else {"total_steps": total_steps}))
         sharp = 0.0
         if self.needs_first:
             sharp += 1 - (1 - self.perturb.share) / 3
@@ -154,7 +160,8 @@ def recipe(function: Callable[P, T]) -> Callable[P, T]:
                 words.append(_word(argument))
             elif argument != default:
                 words.append(f"{name}={_word(argument)}")
-        built: T = replace(value, text=f"{function.__name__}({', '.join(words)})")
+        built: T = replace(value)
+        object.__setattr__(built, "text", f"{function.__name__}({', '.join(words)})")
         return built
 
     return build

@@ -113,14 +113,23 @@ def _put_back(norms: Sequence[_NormBase], statistics: Sequence[list[Tensor]]) ->
 
 def _is_known(module: nn.Module) -> bool:
     """Whether a layer may keep statistics, itself or by a hook; most do not."""
-    return isinstance(module, (_NormBase, _SpectralNorm)) or bool(module._forward_pre_hooks)
+    known = (_NormBase, _SpectralNorm, torch.jit.ScriptModule)
+    return isinstance(module, known) or bool(module._forward_pre_hooks)
 
 
 def holding(module: nn.Module) -> list[Change]:
     """Return what holds a layer's statistics.
 
     Torch's instance norms move their averages whatever their flag says, so they lose them.
+
+    Raises:
+        ValueError: if the layer was scripted, and so cannot be held, and moves its averages.
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        if any(m.training and getattr(m, "running_mean", None) is not None for m in module.modules()):
+            raise ValueError("a scripted network moves its running statistics in every pass: train the network that "
+                             "torch.jit.script was given, or use torch.compile")  # fmt: skip
+        return []
     if not isinstance(module, _NormBase):
         return _holding_power(module)
     if not (module.training and module.track_running_stats) or module.running_mean is None:

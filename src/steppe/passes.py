@@ -12,6 +12,7 @@ from . import groups, products, rounding, split, vec
 from .batch import Batch
 from .closure import Closure
 from .method import Method
+from .others import Others
 from .point import Point
 from .second_order import SecondOrder
 from .stats import Stats
@@ -29,6 +30,7 @@ class Passes(Wrapper):
     rounding: rounding.Rounding
     scaler: torch.amp.GradScaler | None
     stats: Stats
+    _others: Others
 
     def _direction(
         self,
@@ -56,7 +58,7 @@ class Passes(Wrapper):
         picked = self._picked(at, params) if rho and perturbed else None
         if not rho or not perturbed or picked == []:
             at.rho = rho if apart and rho else 0.0
-            loss = self._run(source, None, weight=weight, look=share).mean()
+            loss = self._run(source, None, reduce=reduce, weight=weight, look=share).mean()
             if rho is None:
                 self._combine(at, params, [p.grad for p in params], None, source, local)
             return [loss]
@@ -112,6 +114,9 @@ class Passes(Wrapper):
                 rows, weight = (select(rise), 1.0) if local else ranks.choose(select, rise)
             again = looked or method.needs_first
             whole = reduce and not (local and combine.needs_g0)
+            if second is not None:
+                assert isinstance(source, Batch)
+                second.follow(source)
             after = self._run(second or source, None, rows=rows, again=again, reduce=whole, weight=weight, look=late)
             taken = _take(params)
         at.w = []
@@ -125,7 +130,8 @@ class Passes(Wrapper):
         else:
             self._combine(at, params, slopes, gradients, source, local)
         if doubt is not None:
-            vec.local([p.grad for p in params if p.grad is not None])[0].add_(doubt)
+            for direction in vec.local([p.grad for p in params if p.grad is not None])[:1]:
+                direction.add_(doubt.to(direction.device))
         return [losses.mean() for losses in (before, after) if losses is not None]
 
     def _picked(self, at: Point, params: Vec) -> Vec | None:
@@ -147,11 +153,11 @@ class Passes(Wrapper):
         shares: dict[float, list[int]] = {}
         for i, p in enumerate(moved):
             shares.setdefault(radii.get(p, at.rho) / at.rho, []).append(i)
-        draw = partial(at.generator, f"rounding/{inner}") if self.rounding == "stochastic" else None
         measured = []
-        for share, members in shares.items():
+        for number, (share, members) in enumerate(shares.items()):
             u, v = [moved[i] for i in members], [vector[i] for i in members]
             if low:
+                draw = partial(at.generator, f"rounding/{inner}/{number}") if self.rounding == "stochastic" else None
                 measured.append(rounding.add_(u, v, factor * share, draw))
             else:
                 vec.add_(u, v, factor * share)
@@ -210,6 +216,7 @@ class Passes(Wrapper):
 
         ``look`` is the share of the step for which the base sees its curvature in this pass, if it is due.
         """
+        self._others.clear()
         scaler = self._active()
         size = source.size if rows is None else len(rows)
         share = sum(p.numel() for p in picked) / sum(p.numel() for p in self.trainable()) if picked is not None else 1.0

@@ -42,8 +42,14 @@ class Memory:
         found = (self._find(p, name) for p in self.params)
         return [default(p.detach()) if t is None else t for p, t in zip(self.params, found, strict=True)]
 
-    def write(self, name: str, vector: Vec) -> None:
-        """Keep ``vector`` under that name, if the step succeeds."""
+    def write(self, name: str, vector: Vec, *, others: Fill | None = None) -> None:
+        """Keep ``vector`` under that name, if the step succeeds.
+
+        ``others`` takes the place of what parameters beside those of the vector have kept; by default they keep it.
+        """
+        if others is not None:
+            for p in [p for p, named in self.state.items() if name in named]:
+                self.pending.setdefault(p, {})[name] = others(p.detach())
         for p, t in zip(self.params, vector, strict=True):
             self.pending.setdefault(p, {})[name] = t
 
@@ -113,12 +119,23 @@ class When(Protocol):
         """Whether the length of the training must be known."""
         return False
 
+    def chance(self, step: int, total: int) -> float:
+        """Return the probability that a step of a training of ``total`` steps is sharp."""
+        ...
+
+    def limit(self, among: int) -> float:
+        """Return ``share`` in the limit of many steps."""
+        ...
+
     def share(self, total: int | None, among: int = 1) -> float:
         """Return the expected share of sharp steps over ``total`` steps, None for the limit of many.
 
         Only steps 0, ``among``, 2 ``among``, ... are looked at.
         """
-        ...
+        if total is None:
+            return self.limit(among)
+        steps = range(0, total, among)
+        return sum(self.chance(step, total) for step in steps) / len(steps)
 
     def __call__(self, at: Point) -> float | None:
         """Return ρ; 0 for a step of the base alone; None for a step that reuses what the last sharp one left."""
@@ -138,6 +155,11 @@ class Perturb(Protocol):
     def passes(self) -> int:
         """Number of gradients that make ε; each call adds its share of ρ."""
         return 1
+
+    @property
+    def is_steepest(self) -> bool:
+        """Whether ε is ρ g0/‖g0‖, for which the second-order term is stated."""
+        return False
 
     @property
     def share(self) -> float:

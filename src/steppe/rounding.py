@@ -69,13 +69,19 @@ def _stochastic(x: Tensor, dtype: torch.dtype, generator: Generator) -> Tensor:
 
 
 @contextmanager
-def widened(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Hold the bf16 and fp16 tensors in float32 for a while; then they are what they were, to the bit."""
-    home = [(t, t.data) for t in tensors if is_low([t])]
+def widened(weights: Iterable[Tensor], buffers: Iterable[Tensor]) -> Iterator[None]:
+    """Hold the bf16 and fp16 tensors in float32 for a while.
+
+    Then the weights are what they were, to the bit, and the buffers what became of them, rounded.
+    """
+    home = [(t, t.data) for t in weights if is_low([t])]
+    moving = [(t, t.data) for t in buffers if is_low([t])]
     try:
-        for t, narrow in home:
+        for t, narrow in [*home, *moving]:
             t.data = narrow.float()
         yield
     finally:
         for t, narrow in home:
             t.data = narrow
+        for t, narrow in moving:
+            t.data = narrow.copy_(t.data)

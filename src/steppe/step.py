@@ -17,6 +17,7 @@ from .batch import Batch
 from .checkpoint import pack, unpack
 from .closure import BATCH, INTEGRATIONS, Closure, Left
 from .method import Method
+from .others import Others
 from .passes import Passes, Source
 from .point import Memory, Point
 from .ranks import Ranks
@@ -53,6 +54,7 @@ class SharpnessAware(Passes):
     """
 
     _left = Left([])
+    _has_looked = False
     _step_supports_amp_scaling = True  # a scaler that calls step() itself shows in ``grad_scale``, and is refused
 
     def __init__(
@@ -108,7 +110,8 @@ class SharpnessAware(Passes):
     ) -> Tensor:
         """Take one step and return the mean loss of its first pass on this rank, detached.
 
-        Gradients that were there before are discarded; the direction taken is left in ``.grad``.
+        Gradients that were there before are discarded; the direction taken is left in ``.grad``. Parameters of the
+        model that the base does not hold get the gradient of the last pass, added to what was there.
 
         Args:
             closure: a ``steppe.Batch``; or a closure that clears the gradients, calls ``backward`` and returns the
@@ -118,7 +121,8 @@ class SharpnessAware(Passes):
         Raises:
             TypeError: if ``closure`` is neither, or too little for the method or the loop.
             ValueError: if a loss is not finite: weights and the base's state are then as they were before the step.
-                With a gradient scaler such a step is skipped instead, as ever.
+                With a gradient scaler such a step is skipped instead, as ever. Also if a second batch is missing, too
+                many or of another model, a gradient is sparse, or a sharded model cannot do what is asked.
 
         Cost:
             ``method.cost()`` propagations, counted in ``stats``, and one wait for the loss.
@@ -128,11 +132,14 @@ class SharpnessAware(Passes):
             return torch.zeros(())
         source = self._source(closure, second)
         self.stats.examples += source.size
+        model = source.model.parameters() if isinstance(source, Batch) else ()
+        self._others = Others(model, self.params(), copy=source.ranks.shared_buffers)
         try:
             return self._advance(source, second)
         except BaseException:
             for p in self.params():
                 p.grad = None
+            self._others.restore()
             raise
 
     def _advance(self, source: Source, second: Batch | None) -> Tensor:
@@ -157,22 +164,26 @@ class SharpnessAware(Passes):
             firsts.append(means[0] if weight == 1 else weight * means[0])
             seen += means
             sharp = sharp or at.rho > 0
-            for p in params if len(parts) > 1 else []:
+            for p in [*params, *self._others.params] if len(parts) > 1 else []:
                 if p.grad is not None:
                     sums[p] = sums[p].add_(p.grad, alpha=weight) if p in sums else p.grad.mul_(weight)
         for p, direction in sums.items():
             p.grad = direction
         if late:
-            ranks.mean_gradients(params)
+            ranks.mean_gradients([*params, *self._others.params])
         self._check_finite(seen, source)
+        scaler = self._active()
+        scale = scaler.get_scale() if scaler is not None else 1.0
         if update.take(self.base, params, self.scaler, self.clip):
             at.memory.commit()
             self.stats.steps += 1
             self.stats.sharp += sharp
+            self._others.settle(scale)
             if isinstance(self.base, SecondOrder):
                 self.stats.count(self.base.late)
         else:
             self.stats.skipped += 1
+            self._others.restore()
         self._left = Left(params)
         return sum(firsts[1:], firsts[0])
 
@@ -194,6 +205,7 @@ class SharpnessAware(Passes):
     def _source(self, closure: Batch | Callable[[], Any] | None, second: Batch | None) -> Source:
         """Return where the step takes its gradients from, or refuse what is too little."""
         if hasattr(self, "grad_scale"):
+            self.__dict__.pop("grad_scale"), self.__dict__.pop("found_inf", None)
             raise TypeError(
                 "a GradScaler called the step, which then cannot scale both passes: write "
                 f"SharpnessAware(..., scaler=scaler) and opt.step(batch), without scaler.step(opt); {INTEGRATIONS}"
@@ -205,7 +217,8 @@ class SharpnessAware(Passes):
             return closure
         self._check_closure(second)
         repeats = self.method.needs_first and self.method.when.share(None) > 0
-        return Closure(closure, self.trainable(), repeats=repeats)
+        compiled, self._has_looked = not self._has_looked, True
+        return Closure(closure, self.trainable(), repeats=repeats, eager=compiled)
 
     def _check_batch(self, batch: Batch, second: Batch | None) -> None:
         split_up = self.split and batch.ranks.world > 1
@@ -214,6 +227,8 @@ class SharpnessAware(Passes):
             raise ValueError(f"{self.method!r} {takes}")
         if second is not None and not isinstance(second, Batch):
             raise TypeError(f"the second batch is {type(second).__name__}: give a steppe.Batch(model, loss_fn, batch)")
+        if second is not None and second.model is not batch.model:
+            raise ValueError("the second batch is of another model: give both batches the same, wrapped or not")
         if batch.ranks.sharded and (self.ascent == "local" or self.method.m is not None or self.split):
             raise ValueError(
                 "a sharded model has one ε for all ranks: each holds a shard of the weights, so no rank can go its own "
@@ -229,7 +244,7 @@ class SharpnessAware(Passes):
             reason = f"{self.method!r} looks at single examples or at the model, which a bare closure hides"
         elif isinstance(self.base, SecondOrder):
             reason = f"{type(self.base).__name__} looks at the curvature, which a bare closure hides"
-        elif self.scaler is not None:
+        elif self._active() is not None:
             reason = "a bare closure hides whether its loss is scaled"
         elif self.ascent == "local" or self.split:
             reason = "a bare closure hides the model, whose all-reduce is to be left out of a pass"
@@ -257,7 +272,7 @@ class SharpnessAware(Passes):
 
     def _names(self) -> dict[str, str]:
         """Return what tells the method: its expression, and its parts, which several expressions may share."""
-        return {"method": repr(self.method), "parts": repr(replace(self.method, text=""))}
+        return {"method": repr(self.method), "parts": repr(replace(self.method))}
 
     def _load(self, saved: dict[str, Any]) -> None:
         header = unpack(self.base, self._memory, saved, self._names())

@@ -35,10 +35,16 @@ def take(base: Optimizer, params: list[Tensor], scaler: torch.amp.GradScaler | N
     if active:
         assert scaler is not None
         scaler.unscale_(base)
-    if callable(clip):
-        clip(params)
-    elif clip is not None:
-        torch.nn.utils.clip_grad_norm_(params, clip)
+    try:
+        if callable(clip):
+            clip(params)
+        elif clip is not None:
+            torch.nn.utils.clip_grad_norm_(params, clip)
+    except BaseException:
+        if active:
+            assert scaler is not None
+            scaler.update()  # or it takes the next step for the second half of this one
+        raise
     if not active:
         base.step()
         return True

@@ -115,7 +115,7 @@ class Wrapper(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return all there is to copy or pickle, but a scheduler's patch of ``step``: it is bound to the original."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("step", "_left")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("step", "_left", "_others")}
 
 
 def refuse_complex(params: Vec) -> None:

@@ -59,7 +59,7 @@ def test_local_ascent_is_m_sharpness_with_the_ranks_batches(text):
     assert_close(first, alone(f"m_sharpness({text}, 6)"))
 
 
-@pytest.mark.parametrize("text", ["sam()", "esam()", "rwp()", "gsam()"])
+@pytest.mark.parametrize("text", ["sam()", "esam()", "esam_swp(beta=0.2)", "rwp()", "gsam()"])
 def test_groups_within_the_ranks_are_groups_of_the_whole(text):
     text = f"m_sharpness({text}, 3)"
     first, second = launch(2, together, text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD
 
 import nets
 import steppe
@@ -171,3 +173,32 @@ def test_a_closure_with_a_masked_pass_is_refused_on_several_ranks(text, radius):
     for words in launch(2, masked_closure, text, radius):
         assert "masked pass" in words
         assert "steppe.Batch" in words
+
+
+def gradient_of_another(text: str, ascent: str = "global", **ddp: Any) -> Tensor:
+    """The sum that two steps leave for a layer that the base does not hold, on the rank's part of the batch."""
+    model, data = nets.mlp()
+    network: nn.Module = DistributedDataParallel(model, **ddp) if dist.is_initialized() else model
+    if dist.is_initialized():
+        data = part(data, dist.get_rank(), dist.get_world_size())
+    opt = steppe.SharpnessAware(SGD(model[:4].parameters(), lr=0.1), steppe.parse(text), ascent=ascent)
+    for _ in range(2):
+        opt.step(steppe.Batch(network, nets.losses, data))
+    return model[4].weight.grad.clone()
+
+
+@pytest.mark.parametrize(
+    ("text", "ascent", "whole"),
+    [
+        ("sam()", "global", "sam()"),
+        ("gsam()", "global", "gsam()"),
+        ("sam()", "local", "m_sharpness(sam(), 6)"),
+        ("gsam()", "local", "m_sharpness(gsam(), 6)"),
+        ("m_sharpness(gsam(), 3)", "local", "m_sharpness(gsam(), 3)"),
+    ],
+)
+def test_a_layer_of_another_optimizer_has_the_gradient_of_one_process(text, ascent, whole):
+    for options in ({}, {"gradient_as_bucket_view": True}):
+        first, second = launch(2, partial(gradient_of_another, **options), text, ascent)
+        assert torch.equal(first, second)
+        torch.testing.assert_close(first, gradient_of_another(whole), rtol=0, atol=1e-12)

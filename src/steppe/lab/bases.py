@@ -50,12 +50,12 @@ BASES: Mapping[str, Base] = {
         "Yao et al. 2021, AdaHessian: An adaptive second order optimizer for machine learning",
     ),
     "kfac": Base(
-        "v ← μv + (F + δI)⁻¹g,  w ← (1 − ηλ)w − ηv,  F = A ⊗ G of each layer",
+        "m ← μm + g,  w ← (1 − ηλ)w − sη(F + δI)⁻¹m,  F = G ⊗ A of each layer, s ≤ 1 the trust region",
         "1 + 1/3n propagations, n = 10, and two eigenvalue problems a layer every n_inverse = 100 steps",
         "Martens and Grosse 2015, Optimizing neural networks with Kronecker-factored approximate curvature",
     ),
     "ekfac": Base(
-        "kfac's, with the gradients' own second moments in the eigenbasis of A ⊗ G",
+        "kfac's, with the gradients' own second moments in the eigenbasis of G ⊗ A",
         "kfac's",
         "George et al. 2018, Fast approximate natural gradient descent in a Kronecker-factored eigenbasis",
     ),

@@ -26,6 +26,9 @@ class Compare(Setting):
         steppe compare --methods sgd sam "rst(esam(rho=0.4), p=0.5)" --seeds 3
         steppe compare --methods sgd sam --base sgd adamw "kfac(lr=0.03, damping=0.01)"
         steppe compare --data data/cifar10 --model wrn-16-8 --epochs 200 --out runs/wrn
+
+    Defaults depend on the data. These are shown with those for a folder of images:
+
         steppe compare --data data/cifar10 --help
     """
 
@@ -38,7 +41,7 @@ class Compare(Setting):
     out: Path = Path("runs")
     """Folder of the reports and the runs."""
     jobs: int = 1
-    """Processes to train in: each takes a seed at a time, and the last share what is left."""
+    """Processes to train in: each trains one seed at a time; the last seeds are shared out."""
     threads: int = 1
     """Threads that torch computes with in each process."""
     sharpness: bool = False

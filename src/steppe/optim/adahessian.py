@@ -120,10 +120,6 @@ class AdaHessian(SecondOrder):
             checks.count(block=group["block"])
         super().add_param_group(param_group)
 
-    def is_due(self) -> bool:
-        """Whether the step to come takes a diagonal: every n-th does, the first one too."""
-        return self.steps % self.n == 0
-
     def cost(self) -> float:
         """Return the expected propagations of a step."""
         return 1 + (2 if self.product == "exact" else 1) * self.probes / self.n

@@ -101,7 +101,7 @@ def fisher(
         1 + 4k/3 propagations.
     """
     model, autocast = batch.model, None if is_low(params) else batch.autocast
-    with widened([*model.parameters(), *model.buffers()]):
+    with widened(model.parameters(), model.buffers()):
         parts = [to_float32(data) if autocast is None else data for data, _ in batch.chunks(rows)]
         mode: Mode = "train" if model.training else "eval"
         objective = Objective(model, batch.loss_fn, parts, params=params, mode=mode, autocast=autocast)

@@ -26,8 +26,8 @@ class NaturalGradient(SecondOrder):
 
     ``m ← μm + g``, ``d = (F + λI)⁻¹ m``, ``u = s·lr·d``, ``w ← w − lr·wd·w − u``,
     with ``F = (1/B) Σ_n E_y[∇log p(y|x_n) ∇log p(y|x_n)ᵀ]``, y drawn from the model, and with a trust region
-    ``s = min(1, √(kl / ½dᵀFd·lr²))``, else 1, so that ``½uᵀFu``, the divergence KL(p(w) ‖ p(w − u)) to second order, is
-    at most ``kl``. F is a running average ``F ← decay·F + (1 − decay)·F_batch``, the first one F_batch itself.
+    ``s = min(1, √(kl / (½ lr² dᵀFd)))``, else 1, so that ``½uᵀFu``, the divergence KL(p(w) ‖ p(w − u)) to second order,
+    is at most ``kl``. F is a running average ``F ← decay·F + (1 − decay)·F_batch``, the first one F_batch itself.
 
     Args:
         params: parameters, or parameter groups, which may have an ``lr``, ``damping``, ``momentum`` and

@@ -124,7 +124,7 @@ class Look(Combine):
         if g1 is not None:
             gv = vec.reject(g1, at.g0)
             vec.scale_(gv, vec.over(1.0, vec.norm(gv), beside=vec.norm(g1)))
-            at.memory.write("gv", gv)
+            at.memory.write("gv", gv, others=torch.zeros_like)
             return g1
         if "gv" in at.memory:
             vec.add_(at.g0, at.memory.read("gv", self.memories["gv"]), self.alpha * vec.norm(at.g0))

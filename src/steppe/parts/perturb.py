@@ -29,6 +29,10 @@ class Ascent(Perturb):
     def passes(self) -> int:
         return self.steps
 
+    @property
+    def is_steepest(self) -> bool:
+        return self.p == 2 and self.steps == 1
+
     def __call__(self, at: Point, rho: float) -> tuple[Vec, Tensor | float]:
         if self.p == 2:
             return at.g0, vec.over(rho, vec.norm(at.g0))
@@ -72,7 +76,8 @@ class FilterNoise(Perturb):
     needs_g0: ClassVar[bool] = False
 
     def __call__(self, at: Point, rho: float) -> tuple[Vec, Tensor | float]:
-        generators = {device: at.generator("noise", device) for device in {w.device for w in at.w}}
+        devices = dict.fromkeys(w.device for w in at.w)
+        generators = {each: at.generator(f"noise/{i}" if i else "noise", each) for i, each in enumerate(devices)}
         noise = [vec.randn(w, generators[w.device]) for w in at.w]
         vec.mul_(noise, vec.filter_norms(at.w))
         return noise, rho

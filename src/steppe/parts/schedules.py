@@ -1,9 +1,9 @@
-"""The schedules p(t) of randomized sharpness-aware training (RST 2022, table 2), over the progress ``t/T``."""
+"""The schedules p(t) of randomized sharpness-aware training (RST 2022, table 2, appendix B.1), over ``t/T``."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Protocol, runtime_checkable
 
 from .. import checks
@@ -23,14 +23,11 @@ class Schedule(Protocol):
         """Return the mean of p over the whole training, in the limit of many steps."""
         ...
 
-    def mean(self, total: int | None) -> float:
-        """Return the mean of p over steps 0 … total − 1, or its limit where ``total`` is None."""
-        if total is None:
-            return self.limit()
-        return sum(self(t / total) for t in range(total)) / total
-
     def __repr__(self) -> str:
-        return self.text
+        if self.text:
+            return self.text
+        values = (f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.name != "text")  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(values)})"
 
 
 @dataclass(frozen=True, repr=False)
@@ -39,7 +36,7 @@ class Piecewise(Schedule):
 
     a: float
     b: float
-    text: str = field(default="", compare=False)
+    text: str = field(default="", init=False, compare=False)
 
     def __post_init__(self) -> None:
         checks.probability(a=self.a, b=self.b)
@@ -57,7 +54,7 @@ class Linear(Schedule):
 
     start: float
     end: float
-    text: str = field(default="", compare=False)
+    text: str = field(default="", init=False, compare=False)
 
     def __post_init__(self) -> None:
         checks.probability(start=self.start, end=self.end)
@@ -74,7 +71,7 @@ class Cosine(Schedule):
     """``p = ½ + ½cos(πt/T)``, or 1 minus that."""
 
     flipped: bool = False
-    text: str = field(default="", compare=False)
+    text: str = field(default="", init=False, compare=False)
 
     def __post_init__(self) -> None:
         checks.flag(flipped=self.flipped)
@@ -92,7 +89,7 @@ class Sine(Schedule):
     """``p = sin(πt/T)``, or 1 minus that."""
 
     flipped: bool = False
-    text: str = field(default="", compare=False)
+    text: str = field(default="", init=False, compare=False)
 
     def __post_init__(self) -> None:
         checks.flag(flipped=self.flipped)

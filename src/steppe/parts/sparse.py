@@ -57,7 +57,7 @@ class FisherSparse(Over):
         if total is None:
             refreshes = when.share(None, self.refresh) / self.refresh
         else:
-            refreshes = (when.share(total, self.refresh) * math.ceil(total / self.refresh) - when.share(1)) / total
+            refreshes = sum(when.chance(step, total) for step in range(self.refresh, total, self.refresh)) / total
         return refreshes * min(self.n, batch_size) / batch_size
 
     def __call__(self, at: Point, rho: float) -> tuple[Vec, Tensor | float]:
@@ -100,11 +100,13 @@ class DynamicSparse(Over):
         kept = vec.join(at.memory.read("mask", self.memories["mask"]))
         gone = kept.logical_not()
         rate = self.drop * (1 + math.cos(math.pi * min(at.step, at.total) / at.total)) / 2
-        count = min(int(rate * int(kept.sum())), int(gone.sum()))
+        density, free = int(kept.sum()), int(gone.sum())
+        count = min(int(rate * density), free)
         slope = vec.join(at.g0).abs()
         flattest = slope.where(kept, math.inf).topk(count, largest=False, sorted=False).indices
         scores = torch.rand(len(kept), generator=at.generator("ssam")).to(kept.device)
-        regrown = scores.where(gone, -1.0).topk(count, sorted=False).indices
+        missing = round((1 - self.s) * len(kept)) - (density - count)  # more than count where parameters were added
+        regrown = scores.where(gone, -1.0).topk(min(max(missing, 0), free), sorted=False).indices
         kept[flattest] = False
         kept[regrown] = True
         return vec.split(kept, at.w)

@@ -24,7 +24,10 @@ class Always(When):
     def __post_init__(self) -> None:
         checks.non_negative(rho=self.rho)
 
-    def share(self, total: int | None, among: int = 1) -> float:
+    def chance(self, step: int, total: int) -> float:
+        return 1.0 if self.rho > 0 else 0.0
+
+    def limit(self, among: int) -> float:
         return 1.0 if self.rho > 0 else 0.0
 
     def __call__(self, at: Point) -> float:
@@ -44,7 +47,10 @@ class FollowLR(When):
         if self.rho_min > self.rho:
             raise ValueError(f"rho_min={self.rho_min!r} must not exceed rho={self.rho!r}")
 
-    def share(self, total: int | None, among: int = 1) -> float:
+    def chance(self, step: int, total: int) -> float:
+        return 1.0 if self.rho > 0 else 0.0
+
+    def limit(self, among: int) -> float:
         return 1.0 if self.rho > 0 else 0.0
 
     def __call__(self, at: Point) -> float:
@@ -67,10 +73,12 @@ class Every(When):
     def needs_total(self) -> bool:
         return self.inner.needs_total
 
-    def share(self, total: int | None, among: int = 1) -> float:
+    def chance(self, step: int, total: int) -> float:
+        return self.inner.chance(step, total) if step % self.k == 0 else 0.0
+
+    def limit(self, among: int) -> float:
         both = math.lcm(self.k, among)
-        sharp = among / both if total is None else math.ceil(total / both) / math.ceil(total / among)
-        return self.inner.share(total, both) * sharp
+        return self.inner.limit(both) * among / both
 
     def __call__(self, at: Point) -> float | None:
         return self.inner(at) if at.step % self.k == 0 else None
@@ -93,15 +101,20 @@ class Coin(When):
     def needs_total(self) -> bool:
         return not isinstance(self.p, (int, float)) or self.inner.needs_total
 
-    def share(self, total: int | None, among: int = 1) -> float:
-        heads = self.p if isinstance(self.p, (int, float)) else self.p.mean(total)
-        return heads * self.inner.share(total, among)
+    def chance(self, step: int, total: int) -> float:
+        return self._heads(step, total) * self.inner.chance(step, total)
+
+    def limit(self, among: int) -> float:
+        heads = self.p if isinstance(self.p, (int, float)) else self.p.limit()
+        return heads * self.inner.limit(among)
+
+    def _heads(self, step: int, total: int | None) -> float:
+        if isinstance(self.p, (int, float)):
+            return self.p
+        assert total is not None
+        return self.p(min(step, total) / total)
 
     def __call__(self, at: Point) -> float | None:
-        if isinstance(self.p, (int, float)):
-            p = self.p
-        else:
-            assert at.total is not None
-            p = self.p(min(at.step, at.total) / at.total)
+        p = self._heads(at.step, at.total)
         heads = p >= 1 or torch.rand((), generator=at.generator("coin"), dtype=torch.float64).item() < p
         return self.inner(at) if heads else 0.0

@@ -22,9 +22,9 @@ def esam(rho: float | Method = 0.05, beta: float = 0.6, gamma: float = 0.5) -> M
 
     Args:
         rho: radius of SAM's ball, or a method whose ε is taken, as in ``esam(asam())``. Default 0.05.
-        beta: β, probability that a tensor is picked, in (0, 1]. Default 0.6; the paper takes 0.5 on WRN, the authors
-            on ViT.
-        gamma: γ, share of the batch that pass two sees, in (0, 1]. Default 0.5; 0.7 on ImageNet.
+        beta: β, probability that a tensor is picked, in (0, 1]. Default 0.6; the paper takes 0.5 on Wide ResNets and
+            ViT.
+        gamma: γ, share of the batch that pass two sees, in (0, 1]. Default 0.5; the paper takes 0.7 on ImageNet.
 
     Raises:
         ValueError: if beta or gamma lies outside (0, 1], or the method given needs all of g₀ or selects examples
@@ -89,7 +89,7 @@ def _masked(method: Method, beta: float) -> Method:
         return method
     if method.perturb.share < 1 or method.perturb.memories:
         raise ValueError(f"beta={beta!r} picks tensors, but {method!r} has a mask of its own: {method.perturb!r}")
-    return replace(method, perturb=Masked(method.perturb, beta), text="")
+    return replace(method, perturb=Masked(method.perturb, beta))
 
 
 def _selected(method: Method, gamma: float) -> Method:
@@ -98,4 +98,4 @@ def _selected(method: Method, gamma: float) -> Method:
         return method
     if method.select is not None:
         raise ValueError(f"gamma={gamma!r} selects examples, but {method!r} does so itself: {method.select!r}")
-    return replace(method, select=Sharpest(gamma), text="")
+    return replace(method, select=Sharpest(gamma))

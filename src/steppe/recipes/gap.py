@@ -40,7 +40,7 @@ def gsam(rho: float | Method = 0.05, alpha: float = 0.4, rho_min: float | None =
 
     d = g₁ − α g₀⊥, g₀⊥ = g₀ − (g₀ᵀĝ₁)ĝ₁, with SAM's ε;  ρ_t = ρmin + (ρmax − ρmin)(lr_t − lr_min)/(lr_max − lr_min).
 
-    lr_max is the group's ``max_lr`` or ``initial_lr`` as torch's schedulers leave it, the current rate where there is
+    lr_max is the first group's ``max_lr`` or ``initial_lr`` as torch's schedulers leave it, the current rate where there is
     none; above it, where ``CyclicLR`` goes, ρ stays ρmax.
 
     Args:
@@ -50,7 +50,8 @@ def gsam(rho: float | Method = 0.05, alpha: float = 0.4, rho_min: float | None =
         lr_min: the schedule's lowest learning rate. Default 0.
 
     Raises:
-        ValueError: if alpha is not finite, rho_min > rho, or the method given combines in its own way.
+        ValueError: if alpha is not finite, lr_min < 0, rho_min > rho, or the method given combines in its own way, or
+            has a ρ of its own beside rho_min.
 
     Cost:
         2 propagations.

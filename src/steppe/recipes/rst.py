@@ -24,6 +24,7 @@ def rst(method: Method, p: Probability = 0.5) -> Method:
 
     Raises:
         ValueError: if p lies outside [0, 1], or the method flips a coin already.
+        TypeError: if the first argument is no method, or p neither a number nor a schedule.
 
     Cost:
         1 + p̄·(cost of the method − 1) propagations, p̄ the mean of p(t); 1.5 around SAM at p = ½.
@@ -31,7 +32,7 @@ def rst(method: Method, p: Probability = 0.5) -> Method:
     Source:
         RST 2022, algorithm 1, eq. 4.
     """
-    return replace(method, when=_coin(method, p), text="")
+    return replace(method, when=_coin(method, p))
 
 
 @recipe
@@ -49,6 +50,7 @@ def grst(method: Method, p: Probability = 0.5, strength: float = 2.0) -> Method:
     Raises:
         ValueError: if p lies outside [0, 1], strength is not finite, the method flips a coin already, or it leaves
             weight gradients of pass one out.
+        TypeError: if the first argument is no method, or p neither a number nor a schedule.
 
     Cost:
         1 + p̄·(cost of the method − 1) propagations; 1.5 around SAM at p = ½.
@@ -56,7 +58,7 @@ def grst(method: Method, p: Probability = 0.5, strength: float = 2.0) -> Method:
     Source:
         RST 2022, section 4, eq. 6 and 7.
     """
-    return replace(method, when=_coin(method, p), combine=Amplified(method.combine, strength), text="")
+    return replace(method, when=_coin(method, p), combine=Amplified(method.combine, strength))
 
 
 @recipe
@@ -109,8 +111,11 @@ def cosine(flipped: bool = False) -> Cosine:
     Args:
         flipped: take 1 minus that, which rises from 0 to 1. Default False.
 
+    Raises:
+        ValueError: if flipped is neither True nor False.
+
     Source:
-        RST 2022, table 2 and figure 4.
+        RST 2022, appendix B.1, figure 4 and table 5.
     """
     return Cosine(flipped)
 
@@ -124,8 +129,11 @@ def sine(flipped: bool = False) -> Sine:
     Args:
         flipped: take 1 minus that. Default False.
 
+    Raises:
+        ValueError: if flipped is neither True nor False.
+
     Source:
-        RST 2022, table 2 and figure 4.
+        RST 2022, appendix B.1, figure 4 and table 5.
     """
     return Sine(flipped)
 

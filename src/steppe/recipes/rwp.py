@@ -25,7 +25,7 @@ def rwp(gamma: float = 0.01, alpha: float = 0.5, other: bool = False) -> Method:
         other: take another batch for pass two, given as ``opt.step(batch, second)``. Default False: the same.
 
     Raises:
-        ValueError: if gamma < 0 or alpha lies outside [0, 1].
+        ValueError: if gamma < 0, alpha lies outside [0, 1], or another batch is to be taken at alpha = 0.
 
     Cost:
         2 propagations; 1 at α = 0.

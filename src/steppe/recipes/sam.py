@@ -46,11 +46,9 @@ def sam(rho: float = 0.05, p: float = 2.0, steps: int = 1, second_order: bool = 
         1 + K propagations; the second-order term adds a Hessian-vector product (3).
 
     Source:
-        Foret et al. 2021, eq. 2, and its appendix for inner steps and the second-order term.
+        Foret et al. 2021, eq. 2; appendices C.4 (second order), C.5 (p), C.6 (inner steps).
     """
     checks.flag(second_order=second_order)
-    if second_order and (p != 2 or steps != 1):
-        raise ValueError(f"second_order=True is stated for p=2 and steps=1, not for p={p!r}, steps={steps!r}")
     return Method(Always(rho), Ascent(p, steps), SecondOrder() if second_order else Second())
 
 
@@ -115,6 +113,7 @@ def m_sharpness(method: Method, m: int) -> Method:
 
     Raises:
         ValueError: if m < 1, or the method keeps a memory or takes another batch for pass two.
+        TypeError: if the first argument is no method.
 
     Cost:
         As the method.
@@ -139,4 +138,4 @@ def with_combine(name: str, method: Method, combine: Combine) -> Method:
     """Return the method with another combination, where it has none of its own."""
     if not isinstance(method.combine, Second):
         raise ValueError(f"{name} sets how the gradients are combined, but {method!r} combines by {method.combine!r}")
-    return replace(method, combine=combine, text="")
+    return replace(method, combine=combine)

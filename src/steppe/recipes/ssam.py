@@ -26,7 +26,8 @@ def ssam(rho: float | Method = 0.05, s: float = 0.5, n: int = 128, refresh: int 
         refresh: steps between two masks; one that is due on a step that is not sharp is left out. Default 100.
 
     Raises:
-        ValueError: if s lies outside [0, 1), n or refresh < 1, or the method given has a mask of its own.
+        ValueError: if s lies outside [0, 1), n or refresh < 1, or the method given has a mask of its own or a
+            second-order term.
 
     Cost:
         2 propagations, and min(n, B)/B more on every ``refresh``-th step.
@@ -35,7 +36,7 @@ def ssam(rho: float | Method = 0.05, s: float = 0.5, n: int = 128, refresh: int 
         Mi et al. 2022, "Make sharpness-aware minimization stronger: a sparsified perturbation approach" (SSAM-F).
     """
     method = ascent(rho)
-    return replace(method, perturb=FisherSparse(method.perturb, s, n, refresh), text="")
+    return replace(method, perturb=FisherSparse(method.perturb, s, n, refresh))
 
 
 @recipe
@@ -54,7 +55,7 @@ def ssam_dynamic(rho: float | Method = 0.05, s: float = 0.5, drop: float = 0.5, 
 
     Raises:
         ValueError: if s lies outside [0, 1), drop outside [0, 1], refresh < 1, or the method given has a mask of its
-            own.
+            own or a second-order term.
 
     Cost:
         2 propagations.
@@ -63,4 +64,4 @@ def ssam_dynamic(rho: float | Method = 0.05, s: float = 0.5, drop: float = 0.5, 
         Mi et al. 2022, "Make sharpness-aware minimization stronger: a sparsified perturbation approach" (SSAM-D).
     """
     method = ascent(rho)
-    return replace(method, perturb=DynamicSparse(method.perturb, s, drop, refresh), text="")
+    return replace(method, perturb=DynamicSparse(method.perturb, s, drop, refresh))
