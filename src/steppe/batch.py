@@ -42,7 +42,8 @@ class Batch:
 
     Raises:
         ValueError: if the batch is empty, or ``micro`` is smaller than 1 or larger than the batch.
-        TypeError: if ``data`` holds no tensor; from a step, if ``loss_fn`` does not return one loss for each example where that is needed.
+        TypeError: if ``data`` holds no tensor; from a step, if ``loss_fn`` does not return one loss for each example
+            where that is needed.
     """
 
     def __init__(

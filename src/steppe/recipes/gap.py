@@ -40,8 +40,8 @@ def gsam(rho: float | Method = 0.05, alpha: float = 0.4, rho_min: float | None =
 
     d = g₁ − α g₀⊥, g₀⊥ = g₀ − (g₀ᵀĝ₁)ĝ₁, with SAM's ε;  ρ_t = ρmin + (ρmax − ρmin)(lr_t − lr_min)/(lr_max − lr_min).
 
-    lr_max is the first group's ``max_lr`` or ``initial_lr`` as torch's schedulers leave it, the current rate where there is
-    none; above it, where ``CyclicLR`` goes, ρ stays ρmax.
+    lr_max is the first group's ``max_lr`` or ``initial_lr`` as torch's schedulers leave it, the current rate where
+    there is none; above it, where ``CyclicLR`` goes, ρ stays ρmax.
 
     Args:
         rho: ρmax, radius of SAM's ball, or a method whose ε is taken. Default 0.05.
