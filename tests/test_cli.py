@@ -2,13 +2,17 @@ import errno
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import steppe
+from steppe import cli
 from steppe.cli import main
 from steppe.lab import run
+from steppe.lab.config import Setting
+from steppe.lab.study import configure
 
 TINY = ["--train-size", "64", "--batch-size", "32", "--width", "4", "--epochs", "2"]
 ALONE = ["--jobs", "1"]
@@ -174,3 +178,51 @@ def test_the_core_never_imports_the_laboratory():
     for path in package.rglob("*.py"):
         if path.parts[len(package.parts)] not in ("lab", "cli.py"):
             assert "steppe.lab" not in path.read_text(), path
+
+
+def test_nothing_asked_shows_the_help(capsys):
+    with pytest.raises(SystemExit) as end:
+        main([])
+    assert end.value.code == 0
+    assert "compare" in capsys.readouterr().out
+
+
+def test_a_path_that_cannot_be_used_is_named_with_a_mend(capsys, tmp_path):
+    (tmp_path / "file").touch()
+    said = refused(capsys, "compare", *TINY, *ALONE, "--methods", "sgd", "--out", str(tmp_path / "file"))
+    assert str(tmp_path / "file") in said
+    assert "another path" in said
+
+
+def test_more_than_the_memory_holds_is_one_line(capsys, out):
+    said = refused(capsys, "train", *TINY, "--batch-size", "8", "--width", "100000000", "--out", str(out))
+    assert len(said.splitlines()) == 1
+    assert "smaller --width" in said
+
+
+def test_more_threads_than_there_are_cores_are_refused(capsys, out):
+    assert "threads must lie between 1 and" in refused(capsys, "train", *TINY, "--threads", "100000", "--out", str(out))
+
+
+def test_the_last_of_two_data_counts(out):
+    found = cli._parse(["train", "--data", "digits", "--data", str(out)])
+    assert (found.data, found.model) == (str(out), "resnet18")
+
+
+def test_a_path_with_brackets_is_shown_as_it_is(capsys, tmp_path):
+    assert main(["train", *TINY, "--out", str(tmp_path / "a[/red]b[red]c")]) == 0
+    assert "a[/red]b[red]c" in capsys.readouterr().out
+
+
+def test_one_folder_has_one_name(tmp_path):
+    setting = Setting(data=str(tmp_path))
+    assert configure(setting, "sgd", 0) == configure(replace(setting, data=f"{tmp_path}/"), "sgd", 0)
+
+
+def test_a_report_is_there_before_the_sharpness_is_measured(capsys, out, monkeypatch):
+    def fails(_):
+        raise ValueError("m=128 is more than a batch holds")
+
+    monkeypatch.setattr("steppe.lab.flatness.columns", fails)
+    assert main(["compare", *TINY, *ALONE, "--methods", "sgd", "--seeds", "1", "--sharpness", "--out", str(out)]) == 2
+    assert (out / "report.md").exists()

@@ -1,10 +1,13 @@
 """The command line, `steppe`."""
 
 import errno
+import io
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union
 
@@ -33,7 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: what follows `steppe`; by default those of the process.
     """
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    arguments = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a sign of the table still shows the table
     if arguments == ["--version"]:
         print(f"steppe {steppe.__version__}")
         return 0
@@ -52,7 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             where = error.filename or getattr(command, "out", ".")
             mend = "free some or give another --out; what is finished is kept"
             return _say(f"no space left on the disk for {where}: {mend}", FAILED)
-        return _say(str(error), FAILED)
+        if error.filename is None or error.strerror is None:
+            return _say(str(error), FAILED)
+        return _say(f"{error.filename}: {error.strerror}; give another path, or see to this one", FAILED)
+    except (RuntimeError, MemoryError, OverflowError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return _say(f"{reason}; if memory ran out, a smaller --width or --batch-size helps", FAILED)
     except (ValueError, TypeError) as error:
         return _say(str(error), FAILED)
 
@@ -68,9 +79,9 @@ def _parse(arguments: Sequence[str]) -> "Command":
 
     from steppe.lab.commands import Compare, Landscape, Measure, Methods, Train, Tune
 
-    data = next(iter(_values_of("--data", arguments)), "digits")
+    data = next(reversed(list(_values_of("--data", arguments))), "digits")
     setting = asdict(preset(data))
-    out = Path("runs") / (Path(data).name or "images")
+    out = Path("runs") / (Path(data).resolve().name or "images")
     seeds, jobs, threads = preset_seeds(data), *preset_jobs(data)
     commands = {
         "compare": Compare(**setting, seeds=seeds, out=out, jobs=jobs, threads=threads),
@@ -94,7 +105,7 @@ def _parse(arguments: Sequence[str]) -> "Command":
 
 
 def _values_of(option: str, arguments: Sequence[str]) -> Iterator[str]:
-    for here, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for here, following in zip_longest(arguments, arguments[1:], fillvalue=""):
         if here == option:
             yield following
         elif here.startswith(f"{option}="):
@@ -115,8 +126,9 @@ def _run(command: "Command", line: str) -> int:
         console.print(catalogue())
         return 0
     if command.threads is not None:
-        if command.threads < 1:
-            raise ValueError(f"threads must be at least 1, got {command.threads}")
+        most = max(os.cpu_count() or 1, torch.get_num_threads())
+        if not 1 <= command.threads <= most:
+            raise ValueError(f"threads must lie between 1 and the {most} of this machine, got {command.threads}")
         torch.set_num_threads(command.threads)
     if isinstance(command, Measure):
         return _measure(command, line, console)
@@ -133,7 +145,7 @@ def _run(command: "Command", line: str) -> int:
         [[configure(_only(command, Setting), command.method, command.seed, base=command.base)]], command.out
     )
     console.print_json(data=run.result)
-    console.print(f"written to {run.folder}")
+    print(f"written to {run.folder}")
     return _status([run])
 
 
@@ -143,9 +155,11 @@ def _compare(command: "Compare", line: str, console: "Console") -> int:
     from steppe.lab.study import compare
 
     runs = compare(_only(command, Setting), command.methods, command.seeds, command.out, command.jobs, command.base)
-    further = columns(runs) if command.sharpness else None
-    console.print(write_report(runs, command.out, line, further))
-    console.print(f"written to {command.out / 'report.md'}")
+    found = write_report(runs, command.out, line)
+    if command.sharpness:
+        found = write_report(runs, command.out, line, columns(runs))
+    console.print(found)
+    print(f"written to {command.out / 'report.md'}")
     return _status(runs)
 
 
@@ -154,7 +168,7 @@ def _tune(command: "Tune", line: str, console: "Console") -> int:
 
     candidates = tune(_only(command, Setting), command.grids, command.seeds, command.out, command.jobs, command.base)
     console.print(write_choice(candidates, command.out, line))
-    console.print(f"written to {command.out / 'tuned.md'}")
+    print(f"written to {command.out / 'tuned.md'}")
     return 0 if all(candidate.accuracy for candidate in candidates) else FAILED
 
 
@@ -170,7 +184,7 @@ def _measure(command: "Measure", line: str, console: "Console") -> int:
     with claimed(out):
         found = measure_sharpness(runs, what)
         console.print(write_sharpness(runs, found, left_out, what, out, line))
-    console.print(f"written to {out / 'sharpness.md'}")
+    print(f"written to {out / 'sharpness.md'}")
     return 0
 
 
@@ -186,7 +200,7 @@ def _draw(command: "Landscape", line: str, console: "Console") -> int:
     with claimed(out):
         curves, maps = measure_landscapes(runs, what)
         for path in write_landscapes(curves, maps, left_out, what, out, line):
-            console.print(f"written to {path}")
+            print(f"written to {path}")
     return 0
 
 

@@ -60,3 +60,12 @@ def test_step_memory_sees_copies_of_the_weights():
     assert plain > 3 * weights  # weights, gradients, momentum
     assert sharp - plain == pytest.approx(weights, rel=0.5)  # a copy to go back to
     assert stored > sharp  # and a direction kept between steps
+
+
+@pytest.mark.parametrize("method", ["rst(sam(), p=0.1)", "rst(sam(), p=linear(0, 1))"])
+def test_step_memory_waits_for_a_sharp_step(method):
+    assert memory(method) == memory("sam()") > memory("sgd()")
+
+
+def test_step_memory_waits_for_a_step_that_finds_what_another_left():
+    assert memory("looksam(k=20)") == memory("looksam(k=2)")

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from steppe.lab.models import NAMES, build
@@ -188,3 +189,14 @@ def test_widths_and_sizes_that_do_not_divide_are_refused():
     for name in ("vit", "mixer"):
         with pytest.raises(ValueError, match="a positive multiple of the patch 4, got 30"):
             build(name, size=30)
+
+
+def test_a_narrow_residual_network_goes_around_a_fault_of_torch():
+    """Backward of a strided 1×1 convolution of fewer than 8 channels, channels last, ends the process in 2.13."""
+    narrow, wide = (build("resnet18", width=width).blocks[2].shortcut[0] for width in (4, 16))
+    assert type(wide) is nn.Conv2d
+    assert type(narrow) is not nn.Conv2d
+    x = torch.randn(3, 4, 8, 8)
+    assert torch.allclose(narrow(x), nn.Conv2d.forward(narrow, x), atol=1e-6)
+    narrow(x.contiguous(memory_format=torch.channels_last)).square().sum().backward()
+    assert narrow.weight.grad.isfinite().all()

@@ -252,3 +252,20 @@ def test_a_file_with_corrupt_pages(tmp_path):
     content[4:60] = b"\xff" * 56
     file.write_bytes(content)
     refused(tmp_path, file, "unreadable from row 0 on")
+
+
+@pytest.mark.parametrize("label", [10**12, 2**63 - 1])
+def test_a_label_that_is_no_class_number_is_refused(tmp_path, label):
+    write(tmp_path / "train.parquet", [solid(1), solid(2)], [0, label])
+    write(tmp_path / "test.parquet", [solid(1)], [0])
+    with pytest.raises(ValueError, match=f"row 1: label {label} is no class number"):
+        load(str(tmp_path))
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    image = pa.array([encode(solid(1))], pa.binary())
+    table = pa.Table.from_arrays([image, image, pa.array([0])], names=["img", "img", "label"])
+    for split in ("train", "test"):
+        pq.write_table(table, tmp_path / f"{split}.parquet")
+    with pytest.raises(ValueError, match="2 columns are called img"):
+        load(str(tmp_path))

@@ -1,19 +1,21 @@
+import io
 import json
 
 import pytest
+from rich.console import Console
 
 from steppe.lab.config import Config
 from steppe.lab.plots import Point, accuracy_against_cost
-from steppe.lab.report import rows, write_report
+from steppe.lab.report import rows, table, write_report
 from steppe.lab.run import Run
 from steppe.lab.stats import Estimate
 
 
-def finished(out, method, seed, accuracy, seconds, **result):
+def finished(out, method, seed, accuracy, seconds, at=0.0, **result):
     run = Run(Config(method=method, seed=seed, epochs=2), out)
     run.records = [
-        {"epoch": 1, "train_loss": 2.0, "seconds": seconds[0]},
-        {"epoch": 2, "train_loss": 1.5, "seconds": seconds[1], "test_accuracy": accuracy},
+        {"epoch": 1, "train_loss": 2.0, "seconds": seconds[0], "at": at},
+        {"epoch": 2, "train_loss": 1.5, "seconds": seconds[1], "at": at + 100.0, "test_accuracy": accuracy},
     ]
     run.result = {"test_accuracy": accuracy, "propagations": 2.0, "peak_memory": 3_400_000, **result}
     return run
@@ -52,11 +54,42 @@ def test_the_first_method_is_the_baseline_where_sgd_is_missing(tmp_path):
     assert second.time == 2.0
 
 
+def test_epochs_of_another_hour_are_not_compared(tmp_path):
+    sgd = finished(tmp_path, "sgd()", 0, 0.8, (2.0, 2.0))
+    later = finished(tmp_path, "sam()", 0, 0.9, (3.0, 5.0), at=3600.0)
+    assert rows([sgd, later])[1].time is None
+    later.records[1]["at"] = sgd.records[1]["at"] + 4.0
+    assert rows([sgd, later])[1].time == 2.5
+    del later.records[1]["at"]
+    assert rows([sgd, later])[1].time is None
+
+
+def test_a_difference_says_on_how_many_pairs_it_rests_and_whether_they_spread(tmp_path):
+    sgd = [finished(tmp_path, "sgd()", seed, 0.5 + seed / 8, (1.0, 1.0)) for seed in range(2)]
+    sam = [finished(tmp_path, "sam()", seed, 0.625 + seed / 8, (2.0, 2.0)) for seed in range(3)]
+    write_report([*sgd, *sam], tmp_path, "steppe compare")
+    assert "| 3 | +12.50 ± 0.00 (no spread, 2 pairs) |" in (tmp_path / "report.md").read_text()
+
+
+def test_names_of_methods_are_whole_on_a_narrow_terminal(study):
+    console = Console(width=80, file=io.StringIO())
+    console.print(
+        table(
+            ["method", "accuracy", "difference", "memory"],
+            [["gsam(rho=0.4, alpha=0.25)", "9" * 30, "9" * 30, "9" * 20]],
+        )
+    )
+    shown = [line[:20] for line in console.file.getvalue().splitlines()]
+    assert "…" not in console.file.getvalue()
+    assert "gsam" in "".join(shown)
+
+
 def test_report_files(study, tmp_path):
     write_report(study, tmp_path, "steppe compare --seeds 2")
     text = (tmp_path / "report.md").read_text()
     lines = text.splitlines()
     assert "| sam(rho=9.0) | sgd | 85.00 | 1 (1 failed) | +5.00 | 2.00 | 2.50 | 3.4 |" in lines
+    assert "no spread" not in text
     assert any(line.startswith("| sgd() | sgd | 82.00 ± 25.41 | 2 | — | 1.00 | 1.00 | 3.4 |") for line in lines)
     assert "- failed: sam(rho=9.0) seed 1: epoch 1: the loss is nan" in lines
     assert "    steppe compare --seeds 2" in lines

@@ -31,6 +31,9 @@ def test_difference_is_paired_by_seed():
 
 def test_difference_without_spread_or_without_pairs():
     assert difference({0: 0.5, 1: 0.75}, {0: 0.5, 1: 0.75}) == Difference(0.0, 0.0, 1.0, 2)
-    assert difference({0: 0.75, 1: 1.0}, {0: 0.5, 1: 0.75}) == Difference(0.25, 0.0, 0.0, 2)
+    assert difference({0: 0.75, 1: 1.0}, {0: 0.5, 1: 0.75}) == Difference(0.25, 0.0, None, 2)
+    rounding = difference({0: 0.8, 1: 0.9, 2: 0.4}, {0: 0.7, 1: 0.8, 2: 0.3})
+    assert rounding.half > 0
+    assert rounding.p is None
     assert difference({0: 0.75}, {0: 0.5}) == Difference(0.25, None, None, 1)
     assert difference({0: 0.75}, {1: 0.5}) is None

@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from parquet_files import solid, write
 
 from steppe.lab import files, run
 from steppe.lab.config import Config
@@ -25,7 +26,7 @@ def weights(found):
 
 
 def untimed(records):
-    return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
+    return [{name: value for name, value in record.items() if name not in ("seconds", "at")} for record in records]
 
 
 @pytest.mark.parametrize("method", ["sgd()", "sam(rho=0.5)", "esam()", "rst(sam())", "looksam(k=3)", "rwp(other=True)"])
@@ -168,3 +169,40 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
         files.write(path, "new")
     assert [child.name for child in path.parent.iterdir()] == ["file"]
     assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 cut off"])
+def test_a_damaged_checkpoint_is_named(tmp_path, content):
+    found = Run(TINY, tmp_path)
+    found.advance()
+    (found.folder / "checkpoint.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is damaged .*delete it"):
+        Run(TINY, tmp_path).advance()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"propagations": 1}'])
+def test_a_damaged_result_is_named(tmp_path, content):
+    found = Run(TINY, tmp_path)
+    found.advance()
+    (found.folder / "result.json").write_text(content)
+    with pytest.raises(ValueError, match=r"result\.json is damaged"):
+        Run(TINY, tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"{}\n", b"\xff\xfe", b'{"epoch": 1'])
+def test_damaged_metrics_stop_a_finished_run_only(tmp_path, content):
+    found = Run(TINY, tmp_path)
+    found.advance()
+    (found.folder / "metrics.jsonl").write_bytes(content)
+    again = finish(TINY, tmp_path)
+    assert [record["epoch"] for record in again.records] == [1, 2, 3, 4]
+    (found.folder / "metrics.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged"):
+        Run(TINY, tmp_path)
+
+
+def test_one_image_is_no_batch(tmp_path):
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}.parquet", [solid(1, (8, 8))], [0])
+    with pytest.raises(ValueError, match="1 training image"):
+        Training(replace(TINY, data=str(tmp_path), train_size=None, label_noise=0.0))

@@ -52,3 +52,13 @@ def test_a_candidate_that_fails_is_never_the_best(tmp_path):
     candidates = tune(TINY, ["gsam(rho={1e30,0.1})"], 1, tmp_path)
     assert [(candidate.accuracy is None, candidate.best) for candidate in candidates] == [(True, False), (False, True)]
     assert "failed" in str(write_choice(candidates, tmp_path, "").columns[2]._cells)
+
+
+def test_a_comma_inside_a_value_parts_nothing():
+    assert expand("rst(sam(), p={linear(0,1),0.3})") == ["rst(sam(), p=linear(0, 1))", "rst(sam(), p=0.3)"]
+
+
+@pytest.mark.parametrize(("grids", "base"), [([], ["sgd"]), (["sam"], [])])
+def test_nothing_to_try_is_refused(tmp_path, grids, base):
+    with pytest.raises(ValueError, match="no grid"):
+        tune(TINY, grids, 1, tmp_path, base=base)

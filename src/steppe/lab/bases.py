@@ -78,7 +78,7 @@ def read(text: str) -> tuple[str, Values]:
         raise ValueError(f"{text!r} is no base such as adamw, or kfac(lr=0.03, damping=0.01)")
     name, inside = found.groups()
     if name not in BASES:
-        near = difflib.get_close_matches(name, BASES, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(name.lower(), BASES, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(BASES)}"
         raise ValueError(f"no base is called {name!r}; {hint}")
     values: Values = {}

@@ -1,13 +1,15 @@
 """Files that are whole or absent, and folders that one command writes at a time."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
-__all__ = ["claimed", "write"]
+__all__ = ["claimed", "read_json", "write"]
 
 
 @contextmanager
@@ -34,6 +36,20 @@ def claimed(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def read_json(path: Path, *, lines: bool = False) -> Any:
+    """What a JSON file holds, or a list of what each of its lines does.
+
+    Raises:
+        ValueError: if it is not whole; the error names `path`.
+        OSError: if it cannot be read.
+    """
+    try:
+        text = path.read_text()
+        return [json.loads(line) for line in text.splitlines()] if lines else json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it, and what it held is made anew") from error
 
 
 def write(path: Path, content: str | bytes) -> None:

@@ -6,7 +6,8 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def spread(groups: Sequence[Sequence[Config]], out: Path, jobs: int) -> Iterator
                 running = not all(task.done() for task in tasks)
                 for task in tasks:
                     if task.done():
-                        task.result()
+                        _check(task)
                 for config, before in watched.items():
                     if before.result is None:
                         after = watched[config] = Run(config, out)
@@ -81,6 +82,15 @@ def spread(groups: Sequence[Sequence[Config]], out: Path, jobs: int) -> Iterator
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
+
+
+def _check(task: Future[None]) -> None:
+    """Raise what ended a process early."""
+    try:
+        task.result()
+    except BrokenProcessPool as error:
+        mend = "give the same command with fewer --jobs, and it goes on"
+        raise ValueError(f"a training process was killed, maybe since memory ran out: {mend}") from error
 
 
 _stop: Event

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from steppe.curvature import Objective
-from steppe.lab.files import write
+from steppe.lab.files import read_json, write
 from steppe.lab.options import Sample
 from steppe.lab.progress import Bar
 from steppe.lab.run import Run
@@ -49,11 +49,10 @@ class Kept:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._found: dict[str, Any] = {}
-        try:
-            if path.exists():
-                self._found = dict(json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({error}): delete it, and what it held is measured again") from error
+        if path.exists():
+            self._found = read_json(path)
+            if not isinstance(self._found, dict):
+                raise ValueError(f"{path} is damaged (no figures by name): delete it, and what it held is made anew")
 
     def __contains__(self, task: Task) -> bool:
         return task.description in self._found

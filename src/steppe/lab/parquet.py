@@ -18,6 +18,8 @@ from torch import Tensor
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "fine_label")  # the second is CIFAR-100's
 TEST_WORDS = ("test", "validation", "valid", "val")
+MOST_CLASSES = 1_000_000
+"""Labels from here on are no class numbers."""
 
 _NAMING = "name the files train-*.parquet and test-*.parquet (or validation-*.parquet)"
 
@@ -162,6 +164,8 @@ def _open(file: Path) -> Any:  # pq.ParquetFile, which has no types
 def _column(table: Any, wanted: tuple[str, ...], file: Path) -> str:
     names = table.schema_arrow.names
     for name in wanted:
+        if names.count(name) > 1:
+            raise ValueError(f"{file}: {names.count(name)} columns are called {name}: keep one of them")
         if name in names:
             return name
     raise ValueError(f"{file}: no column {' or '.join(wanted)} among {', '.join(names)}: rename the column")
@@ -198,6 +202,8 @@ def _decode(encoded: bytes | None, where: str) -> np.ndarray[Any, np.dtype[np.ui
 def _check_label(label: int | None, classes: int | None, where: str) -> int:
     if label is None or label < 0:
         raise ValueError(f"{where}: label {'null' if label is None else label}: drop or label the unlabelled rows")
+    if label >= MOST_CLASSES:
+        raise ValueError(f"{where}: label {label} is no class number: number the classes from 0")
     if classes is not None and label >= classes:
         raise ValueError(f"{where}: label {label} is outside the {classes} classes 0..{classes - 1}: correct it")
     return label

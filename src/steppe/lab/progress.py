@@ -1,15 +1,23 @@
-"""How far long work is: a bar on a terminal, else a line for each run that finishes."""
+"""How far long work is: a bar on a terminal, else a line for each run that finishes, and one a minute."""
 
 import sys
+import time
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 
 from steppe.lab.bases import cost
 from steppe.lab.run import Run
 
 __all__ = ["Bar", "Display"]
+
+MINUTE = 60.0
+"""Seconds between two lines that say how far it is."""
+LONGEST = 1e9
+"""Seconds back that the speed is taken over: the whole, since an epoch of a large network may take an hour."""
 
 
 class Display:
@@ -21,13 +29,13 @@ class Display:
 
     def __init__(self, runs: Sequence[Run]) -> None:
         console = Console(stderr=True)
-        self._quiet = not console.is_terminal
+        self._quiet = not console.is_interactive
         self._finished = {run.config for run in runs if run.result is not None}
         self._costs = {run.config: cost(run.config) for run in runs}
         self._work = self._left(runs)
-        self._accuracy = ""
         self._progress = _progress(console)
         self._task = self._progress.add_task("", total=max(self._work, 1.0))
+        self._start = self._said = time.monotonic()
 
     def __enter__(self) -> "Display":
         self._progress.start()
@@ -38,12 +46,10 @@ class Display:
 
     def show(self, runs: Sequence[Run], moved: Run) -> None:
         """Show where the runs are, and the one that moved last."""
-        last = moved.records[-1] if moved.records else {}
-        if "test_accuracy" in last:
-            self._accuracy = f" · {last['test_accuracy']:.1%}"
+        accuracies = [f" · {each['test_accuracy']:.1%}" for each in moved.records if "test_accuracy" in each]
         self._progress.update(
             self._task,
-            description=f"{moved.config.title} · seed {moved.config.seed}{self._accuracy}",
+            description=f"{moved.config.title} · seed {moved.config.seed}{''.join(accuracies[-1:])}",
             completed=self._work - self._left(runs),
         )
         for run in runs:
@@ -52,6 +58,16 @@ class Display:
                 if self._quiet:
                     line = run.failure or f"{run.config.title} seed {run.config.seed}: {run.accuracy:.1%}"
                     print(line, file=sys.stderr, flush=True)
+        if self._quiet:
+            self._say(1 - self._left(runs) / max(self._work, 1.0))
+
+    def _say(self, done: float) -> None:
+        """Write how far all of it is, once a minute."""
+        now = time.monotonic()
+        if now - self._said >= MINUTE and 0 < done < 1:
+            self._said = now
+            left = timedelta(seconds=round((now - self._start) * (1 - done) / done))
+            print(f"{done:.0%} done, {left} left", file=sys.stderr, flush=True)
 
     def _left(self, runs: Sequence[Run]) -> float:
         """Epochs that are left, each weighed by the propagations of a step."""
@@ -69,7 +85,7 @@ class Bar:
 
     def __init__(self, total: float) -> None:
         console = Console(stderr=True)
-        self._quiet = not console.is_terminal
+        self._quiet = not console.is_interactive
         self._progress = _progress(console)
         self._task = self._progress.add_task("", total=max(total, 1.0))
         self._begun = 0.0
@@ -100,13 +116,13 @@ class Bar:
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
         TextColumn("{task.percentage:3.0f} %"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        BarColumn(20),
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
-        speed_estimate_period=300,
+        disable=not console.is_interactive,
+        speed_estimate_period=LONGEST,
     )

@@ -24,6 +24,8 @@ from steppe.lab.trained import baseline_of, grouped
 __all__ = ["Columns", "Row", "machine", "markdown", "rows", "table", "write_report"]
 
 MISSING = "—"
+MOMENT = 100
+"""Lengths of an epoch that two epochs of the same moment may lie apart."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Row:
     propagations: float | None
     """Propagations a step, as counted."""
     time: float | None
-    """Median, over seeds and epochs, of the seconds a step over the baseline's in the same epoch."""
+    """Median, over seeds and epochs, of the seconds a step over the baseline's in the same epoch and at that moment."""
     memory: int | None
     """Peak bytes of a training step."""
     failures: tuple[str, ...]
@@ -87,14 +89,21 @@ def _accuracies(runs: Sequence[Run]) -> dict[int, float]:
 
 
 def _time(runs: Sequence[Run], baseline: Sequence[Run]) -> float | None:
-    seconds = {(run.config.seed, record["epoch"]): record["seconds"] for run in baseline for record in run.records}
-    ratios = [
-        record["seconds"] / seconds[key]
+    """Only epochs that ran close to the baseline's count: at another hour the machine may be another."""
+    others = {(run.config.seed, record["epoch"]): record for run in baseline for record in run.records}
+    pairs = [
+        (record, others[key])
         for run in runs
         for record in run.records
-        if (key := (run.config.seed, record["epoch"])) in seconds
+        if (key := (run.config.seed, record["epoch"])) in others
     ]
+    ratios = [a["seconds"] / b["seconds"] for a, b in pairs if _are_close(a, b)]
     return statistics.median(ratios) if ratios else None
+
+
+def _are_close(a: Mapping[str, float], b: Mapping[str, float]) -> bool:
+    longest = max(a["seconds"], b["seconds"])
+    return "at" in a and "at" in b and abs(a["at"] - b["at"]) <= MOMENT * longest
 
 
 HEADER = (
@@ -113,7 +122,7 @@ NAMES = 2
 LEGEND = """
 ± is half a 95 % t-interval over seeds; differences are paired by seed, p is two-sided (paired t-test).
 A propagation is one forward and one backward pass over the batch.
-Time is the median ratio over epochs run at the same moment.
+Time is the median ratio over epochs run at about the same moment, — where there are none.
 Peak memory is that of a training step: weights, gradients, optimizer state, activations and the batch.
 """
 
@@ -132,7 +141,7 @@ def _texts(row: Row) -> list[str]:
         row.base,
         percent(row.accuracy),
         str(row.accuracy.n) + (f" ({len(row.failures)} failed)" if row.failures else ""),
-        MISSING if row.difference is None else _difference(row.difference),
+        MISSING if row.difference is None else _difference(row.difference, row.accuracy.n),
         MISSING if row.propagations is None else f"{row.propagations:.2f}",
         MISSING if row.time is None else f"{row.time:.2f}",
         MISSING if row.memory is None else f"{row.memory / 1e6:.1f}",
@@ -144,18 +153,22 @@ def percent(share: Estimate) -> str:
     return f"{100 * share.mean:.2f}" + ("" if share.half is None else f" ± {100 * share.half:.2f}")
 
 
-def _difference(value: Difference) -> str:
+def _difference(value: Difference, seeds: int) -> str:
+    """The mean, its interval and its p-value where there are any, and the number of pairs where seeds lack some."""
     text = f"{100 * value.mean:+.2f}"
-    if value.half is None or value.p is None:
-        return text
-    return f"{text} ± {100 * value.half:.2f} ({'p < 0.001' if value.p < 0.001 else f'p = {value.p:.3f}'})"
+    notes = [f"{value.n} pairs"] if value.n < seeds else []
+    if value.half is not None:
+        text += f" ± {100 * value.half:.2f}"
+        sign = "no spread" if value.p is None else "p < 0.001" if value.p < 0.001 else f"p = {value.p:.3f}"
+        notes.insert(0, sign)
+    return f"{text} ({', '.join(notes)})" if notes else text
 
 
 def table(header: Sequence[str], body: Sequence[Sequence[str]], names: int = 1) -> Table:
     """A table for the terminal, its first columns, the names, to the left and the others to the right."""
     result = Table(box=SIMPLE_HEAD)
     for number, title in enumerate(header):
-        result.add_column(title, justify="right" if number >= names else "left")
+        result.add_column(title, justify="right" if number >= names else "left", overflow="fold")
     for cells in body:
         result.add_row(*cells)
     return result

@@ -10,7 +10,7 @@ import torch
 
 import steppe
 from steppe.lab.config import Config
-from steppe.lab.files import write
+from steppe.lab.files import read_json, write
 from steppe.lab.train import DivergedError, Training, step_memory
 
 __all__ = ["Run"]
@@ -36,7 +36,7 @@ class Run:
     def at(cls, folder: Path) -> "Run":
         """The run that a folder holds, whatever the folder is called."""
         run = cls.__new__(cls)
-        run._read(Config(**json.loads((folder / "config.json").read_text())), folder)
+        run._read(Config(**read_json(folder / "config.json")), folder)
         return run
 
     def _read(self, config: Config, folder: Path) -> None:
@@ -47,11 +47,20 @@ class Run:
         self.records: list[dict[str, Any]] = []
         """A record an epoch, see `Training.epoch`."""
         self._training: Training | None = None
-        if (self.folder / "result.json").exists():
-            self.result = json.loads((self.folder / "result.json").read_text())
-        if (self.folder / "metrics.jsonl").exists():
-            lines = (self.folder / "metrics.jsonl").read_text().splitlines()
-            self.records = [json.loads(line) for line in lines]
+        result, metrics = self.folder / "result.json", self.folder / "metrics.jsonl"
+        if result.exists():
+            self.result = read_json(result)
+            if not isinstance(self.result, dict) or not {"test_accuracy", "failed"} & set(self.result):
+                raise ValueError(f"{result} is damaged (no accuracy in it): delete it, and what it held is made anew")
+        if metrics.exists():
+            try:
+                self.records = read_json(metrics, lines=True)
+                if not all(isinstance(each, dict) and {"epoch", "seconds"} <= set(each) for each in self.records):
+                    raise ValueError(f"{metrics} is damaged (not an epoch a line): delete the folder, or get it again")
+            except ValueError:
+                if self.result is not None:
+                    raise
+                self.records = []  # the checkpoint of an unfinished run has them too
 
     @property
     def accuracy(self) -> float | None:
@@ -96,9 +105,13 @@ class Run:
         self.records = []
         checkpoint = self.folder / "checkpoint.pt"
         if checkpoint.exists():
-            state = torch.load(checkpoint, map_location=self.config.device, weights_only=False)
-            training.load_state_dict(state["training"])
-            self.records = state["records"]
+            try:
+                state = torch.load(checkpoint, map_location=self.config.device, weights_only=True)
+                training.load_state_dict(state["training"])
+                self.records = state["records"]
+            except Exception as error:  # of a damaged file, torch raises nearly anything
+                reason = type(error).__name__
+                raise ValueError(f"{checkpoint} is damaged ({reason}): delete it, and the run starts anew") from error
             self._write_records()
         self._training = training
         return training
@@ -113,7 +126,12 @@ class Run:
             **{name: last[name] for name in ("test_accuracy", "test_loss", "train_loss", "propagations")},
             "seconds_per_step": sum(record["seconds"] for record in self.records) / last["steps"],
             "parameters": sum(p.numel() for p in training.model.parameters()),
-            "peak_memory": step_memory(replace(self.config, seed=0), dataset.classes, channels, size),
+            "peak_memory": step_memory(
+                replace(self.config, seed=0, batch_size=min(self.config.batch_size, len(dataset.train))),
+                dataset.classes,
+                channels,
+                size,
+            ),
             "steppe": steppe.__version__,
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),

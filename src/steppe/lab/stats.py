@@ -7,6 +7,10 @@ from typing import NamedTuple
 __all__ = ["Difference", "Estimate", "difference", "estimate"]
 
 
+NO_SPREAD = 1e-12
+"""Standard error, over the largest value, that is mere rounding."""
+
+
 class Estimate(NamedTuple):
     """A mean with its 95 % confidence interval."""
 
@@ -23,7 +27,7 @@ class Difference(NamedTuple):
     half: float | None
     """Half the width of the interval; None with fewer than two pairs."""
     p: float | None
-    """Two-sided p-value of the paired t-test against 0; None with fewer than two pairs."""
+    """Two-sided p-value of the paired t-test against 0; None where there is no spread to hold the mean against."""
     n: int
 
 
@@ -63,6 +67,6 @@ def difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Di
     from scipy.special import stdtr, stdtrit
 
     error = half / float(stdtrit(n - 1, 0.975))
-    if error == 0:
-        return Difference(mean, half, 1.0 if mean == 0 else 0.0, n)
+    if error <= NO_SPREAD * max(abs(value) for value in (*values.values(), *baseline.values())):
+        return Difference(mean, half, 1.0 if mean == 0 else None, n)
     return Difference(mean, half, 2 * float(stdtr(n - 1, -abs(mean) / error)), n)

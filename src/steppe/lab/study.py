@@ -1,5 +1,6 @@
 """Many runs in one go."""
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -36,8 +37,9 @@ def configure(setting: Setting, method: str, seed: int, validation: float = 0.0,
     given = {key: value for key in bases.SHARED if (value := getattr(setting, key)) is not None}
     values = {**base_preset(setting.data, name), **given, **own}
     shared = {key: float(values.pop(key)) for key in bases.SHARED}
+    data = setting.data if setting.data == "digits" else os.path.normpath(setting.data)
     config = Config(
-        **{**asdict(setting), **shared},
+        **{**asdict(setting), **shared, "data": data},
         method=repr(steppe.parse(method)),
         seed=seed,
         validation=validation,

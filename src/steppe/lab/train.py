@@ -29,7 +29,11 @@ EVALUATION_BATCH = 1000
 LAYOUT = torch.channels_last
 """Of images and convolutions: a fifth faster on the CPU."""
 MEMORY_STEPS = 6
-"""Steps whose peak memory is taken: enough for one that a periodic method makes sharp."""
+"""Steps whose peak memory is taken, at least."""
+MEMORY_SHARP = 2
+"""Sharp steps among them: the second one finds what the first has left."""
+MEMORY_LIMIT = 60
+"""Steps at which the wait for these ends."""
 
 
 class DivergedError(ArithmeticError):
@@ -55,6 +59,8 @@ class Training:
             config.data, config.seed, config.train_size, config.label_noise, config.validation, config.device
         )
         images = len(self.dataset.train)
+        if images < 2:
+            raise ValueError(f"{config.data}: {images} training image, but a step takes at least 2: give more of them")
         self.steps = images // config.batch_size + (images % config.batch_size > 1)
         channels, height, width = self.dataset.train.images.shape[1:]
         if height != width:
@@ -84,8 +90,9 @@ class Training:
             epoch: its number, from 0.
 
         Returns:
-            Its record: number, mean training loss, seconds of the training steps with their augmentation,
-                steps and propagations a step so far, and the loss and accuracy on the test images where they are due.
+            Its record: number, mean training loss, seconds of the training steps with their augmentation and the
+                moment at which they began, steps and propagations a step so far, and the loss and accuracy on the
+                test images where they are due.
 
         Raises:
             DivergedError: at a loss that is not finite.
@@ -95,7 +102,7 @@ class Training:
         self.model.train()
         total = torch.zeros((), device=config.device)
         examples = 0
-        start = _now(config.device)
+        start, moment = _now(config.device), time.time()
         seconds = self._batches(epoch, "second") if self.needs_second else None
         for batch in self._batches(epoch, "first"):
             try:
@@ -110,6 +117,7 @@ class Training:
             "epoch": epoch + 1,
             "train_loss": total.item() / examples,
             "seconds": elapsed,
+            "at": moment,
             "steps": self.opt.stats.steps,
             "propagations": self.opt.stats.propagations,
         }
@@ -169,7 +177,7 @@ def step_memory(config: Config, classes: int, channels: int, size: int) -> int:
     """Peak bytes of full training steps: weights, gradients, optimizer state, activations and the batch.
 
     A network of its own takes a few steps on noise, so nothing that is being trained is touched but torch's
-    global generator.
+    global generator. What a method does in fewer than one of 30 steps may be missed, such as a new mask of `ssam`.
 
     Args:
         config: as of the run; its images are not read.
@@ -179,8 +187,10 @@ def step_memory(config: Config, classes: int, channels: int, size: int) -> int:
     """
 
     def program() -> None:
-        model, opt = _build(config, classes, channels, size, MEMORY_STEPS)
-        for _ in range(MEMORY_STEPS):
+        model, opt = _build(replace(config, epochs=1), classes, channels, size, MEMORY_LIMIT)
+        for step in range(MEMORY_LIMIT):
+            if step >= MEMORY_STEPS and (opt.stats.sharp >= MEMORY_SHARP or opt.method == steppe.sgd()):
+                break
             first = _noise(model, config, classes, channels, size)
             second = _noise(model, config, classes, channels, size) if opt.method.needs_second else None
             opt.step(first, second=second)

@@ -1,6 +1,5 @@
 """Finished runs as something to measure: their networks with the trained weights, and the images."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -127,7 +126,7 @@ def _at(path: Path) -> list[Run]:
 def _open(folder: Path) -> Run:
     try:
         return Run.at(folder)
-    except (TypeError, KeyError, json.JSONDecodeError) as error:
+    except (TypeError, KeyError) as error:
         raise ValueError(f"{folder}: its files are not those of a run that this version can read: {error}") from error
 
 

@@ -20,6 +20,8 @@ from steppe.lab.study import configure, perform
 
 __all__ = ["Candidate", "expand", "expand_base", "tune", "write_choice"]
 
+OUTER_COMMA = r",(?![^(]*\))"
+"""Between values, and not between the arguments of one."""
 VALIDATION = 0.2
 """Share of the training images that candidates are judged on. Test images take no part."""
 
@@ -65,7 +67,7 @@ def _unfold(grid: str) -> list[str]:
     pieces = re.split(r"\{([^{}]*)\}", grid)
     if any(brace in piece for piece in pieces[::2] for brace in "{}"):
         raise ValueError(f"{grid}: braces do not match; write a list of values as rho={{0.1,0.2}}")
-    choices = [piece.split(",") if number % 2 else [piece] for number, piece in enumerate(pieces)]
+    choices = [re.split(OUTER_COMMA, piece) if number % 2 else [piece] for number, piece in enumerate(pieces)]
     if any(not value.strip() for values in choices[1::2] for value in values):
         raise ValueError(f"{grid}: a value between braces is missing; write a list of values as rho={{0.1,0.2}}")
     return ["".join(words) for words in product(*choices)]
@@ -101,6 +103,8 @@ def tune(
     """
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
+    if not grids or not base:
+        raise ValueError("no grid to try: name at least one, such as 'sam(rho={0.1,0.2})', and one base")
     expanded: dict[str, dict[Config, tuple[str, str]]] = {
         titled(grid, bases_grid): {
             configure(setting, method, 0, VALIDATION, each): (method, each)
