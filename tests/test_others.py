@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch.optim import SGD
@@ -103,3 +105,12 @@ def test_two_optimizers_are_one_whose_second_group_stands_still():
                 other.step()
         ends.append(weights(model))
     assert same(*ends)
+
+
+def test_no_gradient_is_held_after_the_step():
+    model, data, head, _, opt = divided("sam()")
+    head.grad = torch.ones_like(head)
+    step(opt, model, data)
+    left = weakref.ref(head.grad)
+    model.zero_grad()
+    assert left() is None

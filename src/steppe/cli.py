@@ -81,7 +81,7 @@ def _parse(arguments: Sequence[str]) -> "Command":
 
     data = next(reversed(list(_values_of("--data", arguments))), "digits")
     setting = asdict(preset(data))
-    out = Path("runs") / (Path(data).resolve().name or "images")
+    out = Path("runs") / (Path(os.path.abspath(data)).name or "images")
     seeds, jobs, threads = preset_seeds(data), *preset_jobs(data)
     commands = {
         "compare": Compare(**setting, seeds=seeds, out=out, jobs=jobs, threads=threads),

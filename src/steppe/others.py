@@ -32,14 +32,16 @@ class Others:
             p.grad = None
 
     def restore(self) -> None:
-        """Leave the gradients that were there before the step."""
+        """Leave the gradients that were there before the step, and hold them no longer."""
         for p, before in zip(self.params, self._before, strict=True):
             p.grad = before
+        self.params, self._before = [], []
 
     def settle(self, scale: float) -> None:
-        """Leave the last pass's gradients, without the loss's ``scale``, beside those that were there before."""
+        """Leave the last pass's gradients, without the loss's ``scale``, added to those that were there before."""
         for p, before in zip(self.params, self._before, strict=True):
             if p.grad is not None and scale != 1:
                 p.grad.div_(scale)
             if before is not None:
                 p.grad = before if p.grad is None else before.add_(p.grad)
+        self.params, self._before = [], []

@@ -205,7 +205,8 @@ class SharpnessAware(Passes):
     def _source(self, closure: Batch | Callable[[], Any] | None, second: Batch | None) -> Source:
         """Return where the step takes its gradients from, or refuse what is too little."""
         if hasattr(self, "grad_scale"):
-            self.__dict__.pop("grad_scale"), self.__dict__.pop("found_inf", None)
+            for left in ("grad_scale", "found_inf"):  # else every later step would look like this one
+                self.__dict__.pop(left, None)
             raise TypeError(
                 "a GradScaler called the step, which then cannot scale both passes: write "
                 f"SharpnessAware(..., scaler=scaler) and opt.step(batch), without scaler.step(opt); {INTEGRATIONS}"
@@ -217,8 +218,8 @@ class SharpnessAware(Passes):
             return closure
         self._check_closure(second)
         repeats = self.method.needs_first and self.method.when.share(None) > 0
-        compiled, self._has_looked = not self._has_looked, True
-        return Closure(closure, self.trainable(), repeats=repeats, eager=compiled)
+        first, self._has_looked = not self._has_looked, True
+        return Closure(closure, self.trainable(), repeats=repeats, eager=first)
 
     def _check_batch(self, batch: Batch, second: Batch | None) -> None:
         split_up = self.split and batch.ranks.world > 1
