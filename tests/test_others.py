@@ -114,3 +114,28 @@ def test_no_gradient_is_held_after_the_step():
     left = weakref.ref(head.grad)
     model.zero_grad()
     assert left() is None
+
+
+def test_an_overflow_that_only_they_have_skips_the_step():
+    scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
+    model, data, head, _, opt = divided("sam()", scaler=scaler)
+    before = weights(model)
+    hook = head.register_hook(lambda g: g * float("inf"))
+    step(opt, model, data)
+    assert (opt.stats.skipped, head.grad) == (1, None)
+    assert same(weights(model), before)
+    hook.remove()
+    step(opt, model, data)
+    assert opt.stats.steps == 1
+
+
+@pytest.mark.parametrize("text", ["sgd()", "sam()"])
+@pytest.mark.parametrize("how", [{}, {"at": "weights"}, {"product": "difference"}], ids=str)
+def test_under_a_base_that_looks_at_the_curvature_they_get_the_same(text, how):
+    found = []
+    for base in (SGD, lambda params, lr: steppe.optim.AdaHessian(params, lr, **how)):
+        model, data = nets.mlp()
+        opt = steppe.SharpnessAware(base(model[:4].parameters(), lr=0.1), steppe.parse(text))
+        step(opt, model, data)
+        found.append(model[4].weight.grad)
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)

@@ -245,3 +245,22 @@ def test_the_step_after_one_that_a_scaler_called_is_a_step():
         outside.step(opt)
     step(opt, model, data)
     assert opt.stats.steps == 1
+
+
+class Hesitant(SGD):
+    """Its first step raises."""
+
+    def step(self, closure=None):
+        if not hasattr(self, "asked"):
+            self.asked = True
+            raise ValueError("not yet")
+        return super().step(closure)
+
+
+def test_the_step_after_one_in_which_the_base_raised_is_a_step():
+    model, data = nets.mlp()
+    opt = steppe.SharpnessAware(Hesitant(model.parameters(), lr=0.1), steppe.sam(), scaler=scaler())
+    with pytest.raises(ValueError, match="not yet"):
+        step(opt, model, data)
+    step(opt, model, data)
+    assert (opt.stats.steps, opt.scaler.get_scale()) == (1, SCALE)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import nets
 import steppe
@@ -170,3 +171,26 @@ def test_products_go_the_short_way(how):
             objective = steppe.curvature.Objective(model, nets.losses, [data])
             steppe.curvature.Operator(objective) @ torch.ones(objective.size, dtype=torch.float64)
     assert kernels.largest == 3
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_checkpointed_layer_is_left_to_torch(training):
+    """Activation checkpointing runs it again outside, and looks for the same saved tensors."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(), nn.Linear(64, 3)).double()
+    layers.train(training)
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = layers
+
+        def forward(self, x):
+            return self.layers[3:](checkpoint(self.layers[:3], x, use_reentrant=False))
+
+    x, y = torch.randn(5, 2, 6, 6, dtype=torch.float64), torch.randint(3, (5,))
+    params = list(layers.parameters())
+    v = [torch.randn_like(p) for p in params]
+    one, two = (hessian_product(steppe.Batch(m, nets.losses, (x, y)), params, v) for m in (layers, Checkpointed()))
+    for a, b in zip(one, two, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 from .vec import Vec
@@ -25,6 +26,11 @@ class Others:
         held = set(own)
         self.params: Vec = [p for p in model if p.requires_grad and p not in held]
         self._before = [p.grad.clone() if copy and p.grad is not None else p.grad for p in self.params]
+
+    def grads(self) -> Vec:
+        """Return what the last pass has left."""
+        found = [p.grad for p in self.params if p.grad is not None]
+        return [g.coalesce().values() if g.layout == torch.sparse_coo else g for g in found]
 
     def clear(self) -> None:
         """Forget what a pass has left."""

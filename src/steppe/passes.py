@@ -86,7 +86,7 @@ class Passes(Wrapper):
         at.squares = [t for t, climb in zip(squares, climbs, strict=True) if climb] if squares else []
         at.names = self.names(moved, source.names()) if perturb.needs_names else []
         at.spare = not combine.needs_g0
-        doubt = 0 * vec.norm(at.g0) if self._active() is not None else None
+        doubtful = 0 * vec.norm(at.g0) if self._active() is not None else None
         if at.spare:
             slopes = [None] * len(params)
         home = vec.clone(moved)
@@ -129,10 +129,14 @@ class Passes(Wrapper):
                 p.grad = g
         else:
             self._combine(at, params, slopes, gradients, source, local)
-        if doubt is not None:
-            for direction in vec.local([p.grad for p in params if p.grad is not None])[:1]:
-                direction.add_(doubt.to(direction.device))
+        if doubtful is not None:
+            self._doubt(params, [doubtful])
         return [losses.mean() for losses in (before, after) if losses is not None]
+
+    def _doubt(self, params: Vec, gradients: Vec) -> None:
+        """Let the scaler, which looks at the direction only, see whether these gradients overflowed."""
+        for direction in vec.local([p.grad for p in params if p.grad is not None])[:1]:
+            direction.add_((0 * vec.norm(gradients)).to(direction.device))
 
     def _picked(self, at: Point, params: Vec) -> Vec | None:
         """Return the parameters that pass one differentiates; None for all of them."""

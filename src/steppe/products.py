@@ -24,6 +24,7 @@ def with_products(
     again: bool = False,
     weight: float = 1.0,
     scaler: torch.amp.GradScaler | None = None,
+    beside: Sequence[Tensor] = (),
 ) -> tuple[Tensor, list[Tensor | None], list[Vec]]:
     """Return losses, gradient and Hessian products of the scaled mean loss: one graph, the math attention kernel.
 
@@ -35,6 +36,7 @@ def with_products(
         again: whether this repeats a pass: statistics held, random numbers replayed.
         weight: factor of the loss.
         scaler: scales the loss.
+        beside: tensors that get the gradient only, added to their ``.grad``.
 
     Returns:
         Losses of the examples taken, detached; the gradient, fresh tensors, None for those that take no part; the
@@ -67,7 +69,11 @@ def with_products(
             once.refuse([losses])
             loss = losses.sum() * (weight / size)
             loss = loss if scaler is None else scaler.scale(loss)
-            slopes = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+            every = torch.autograd.grad(loss, [*params, *beside], create_graph=True, allow_unused=True)
+            slopes = every[: len(params)]
+            for p, slope in zip(beside, every[len(params) :], strict=True):
+                if slope is not None:
+                    p.grad = _plus(p.grad, slope.detach(), p)
             curved = [j for j, slope in enumerate(slopes) if slope is not None and slope.requires_grad]
             roots = [slopes[j] for j in curved]
             for number, (direction, product) in enumerate(zip(directions, products, strict=True)):
@@ -79,7 +85,7 @@ def with_products(
                 if slope is not None:
                     gradient[j] = _plus(gradient[j], slope.detach(), p)
             found.append(losses.detach())
-            del losses, loss, slopes, roots
+            del losses, loss, every, slopes, roots
     return torch.cat(found), gradient, products
 
 

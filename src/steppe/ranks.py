@@ -21,7 +21,7 @@ class Ranks:
         model: a network, maybe wrapped in ``DistributedDataParallel``, by ``fully_shard`` or by ``torch.compile``.
 
     Raises:
-        ValueError: if several wrapped networks are inside the one.
+        ValueError: if several wrapped networks are inside the one, or it is sharded by FSDP1.
     """
 
     def __init__(self, model: nn.Module | None) -> None:
@@ -30,6 +30,8 @@ class Ranks:
         self.world, self.rank, self._group = 1, 0, None
         if model is None or not (dist.is_available() and dist.is_initialized()):
             return
+        if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+            raise ValueError("FSDP1 flattens the parameters, so that ε would be that of a shard: use fully_shard")
         wrapped = [m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
         if len(wrapped) > 1:
             raise ValueError(f"{len(wrapped)} DistributedDataParallel networks in one model: wrap the whole once")
@@ -92,6 +94,15 @@ class Ranks:
         """Have a sharded model gather its weights anew: some stay gathered after a pass without backward."""
         for module in self.sharded:
             module.reshard()
+
+    def forget(self) -> None:
+        """Drop what a sharded model has accumulated and not reduced: the gradients of a pass that failed."""
+        for module in self.sharded:
+            group = getattr(module._get_fsdp_state(), "_fsdp_param_group", None)
+            for each in getattr(group, "fsdp_params", ()):
+                each.unsharded_accumulated_grad = None
+                if hasattr(each, "_unsharded_param"):
+                    each._unsharded_param.grad = None
 
     def frozen_but(self, params: Sequence[Tensor] | None) -> AbstractContextManager[None]:
         """Freeze the other parameters of a sharded model for a while, whose backward passes take no ``inputs``."""

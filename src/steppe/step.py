@@ -140,6 +140,7 @@ class SharpnessAware(Passes):
             for p in self.params():
                 p.grad = None
             self._others.restore()
+            source.ranks.forget()
             raise
 
     def _advance(self, source: Source, second: Batch | None) -> Tensor:
@@ -173,7 +174,10 @@ class SharpnessAware(Passes):
             ranks.mean_gradients([*params, *self._others.params])
         self._check_finite(seen, source)
         scaler = self._active()
-        scale = scaler.get_scale() if scaler is not None else 1.0
+        scale = 1.0
+        if scaler is not None:
+            scale = scaler.get_scale()
+            self._doubt(params, self._others.grads())
         if update.take(self.base, params, self.scaler, self.clip):
             at.memory.commit()
             self.stats.steps += 1

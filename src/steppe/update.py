@@ -40,16 +40,16 @@ def take(base: Optimizer, params: list[Tensor], scaler: torch.amp.GradScaler | N
             clip(params)
         elif clip is not None:
             torch.nn.utils.clip_grad_norm_(params, clip)
+        if not active:
+            base.step()
+            return True
+        assert scaler is not None
+        before = scaler.get_scale()
+        scaler.step(base)
     except BaseException:
         if active:
             assert scaler is not None
             scaler.update()  # or it takes the next step for the second half of this one
         raise
-    if not active:
-        base.step()
-        return True
-    assert scaler is not None
-    before = scaler.get_scale()
-    scaler.step(base)
     scaler.update()
     return scaler.get_scale() >= before > 0

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import nets
 import steppe
 from exact import untouched
 from steppe.curvature import Analyzer
@@ -128,3 +129,19 @@ def test_bad_input_is_one_line_that_names_the_culprit(analyzer, call, culprit):
 
 def test_it_stands_among_the_public_names():
     assert steppe.curvature.Analyzer is Analyzer
+
+
+def test_every_call_takes_the_likelihood_that_a_fisher_matrix_asks_for():
+    model, x = nn.Linear(3, 2).double(), torch.randn(8, 3, dtype=torch.float64)
+    an = Analyzer(model, lambda m, b: m(b).square().sum(1) / 2, [x], progress=False)
+    for call in (an.eigenvalues, an.trace, an.diagonal, an.spectrum):
+        with pytest.raises(ValueError, match="likelihood"):
+            call(kind="fisher")
+        call(kind="fisher", likelihood="gaussian")
+    assert an.spectrum(params="bias").nodes.shape[1] == 2
+
+
+def test_blocks_without_parameters_are_passed_over():
+    model, data = nets.mlp()
+    an = Analyzer(model, nets.losses, [data], progress=False)
+    assert list(an.eigenvalues_by(r"\d+")) == ["0", "2", "4", "whole"]

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from exact import dense, differences, gap, losses, made, operator, probes, small, uneven, untouched
+from steppe.curvature import Analyzer
 from steppe.curvature.objective import Objective
 from steppe.curvature.operator import Operator
 from steppe.examples import take
@@ -208,3 +209,16 @@ def test_a_model_that_computes_its_own_loss():
     with pytest.raises(TypeError, match="loss_fn returned a mean"):
         Operator(own.objective, "empirical") @ v
     assert gap(own @ v, operator(model, of_logits, texts()) @ v) < 1e-12
+
+
+def test_weights_in_bf16_are_not_summed_in_it():
+    """600 batches of one example: in bf16 their number would stick at 256."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).bfloat16()
+    x, y = torch.randn(600, 3).bfloat16(), torch.randint(2, (600,))
+    loaders = [(x, y)], [(x[i : i + 1], y[i : i + 1]) for i in range(600)]
+    whole, single = (Analyzer(model, losses, loader, progress=False) for loader in loaders)
+    v = torch.randn(8)
+    torch.testing.assert_close(single.operator() @ v, whole.operator() @ v, rtol=0.05, atol=0.01)
+    torch.testing.assert_close(single.objective.gradient(), whole.objective.gradient(), rtol=0.05, atol=0.01)
+    assert single.trace().value == pytest.approx(whole.trace().value, rel=0.05)

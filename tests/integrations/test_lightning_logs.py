@@ -135,3 +135,9 @@ class TestCountsAndLogs:
     def test_a_mean_is_too_little_for_a_selection(self):
         with pytest.raises(TypeError, match="each example"):
             fit(Net(network(), steppe.esam()), SharpnessAwareCallback())
+
+    @pytest.mark.parametrize("product", ["exact", "difference"])
+    def test_a_base_that_looks_at_the_curvature_logs_too(self, product):
+        net = Logged(network(), steppe.sgd(), lambda m: steppe.optim.AdaHessian(m.parameters(), 0.01, product=product))
+        run = fit(net, SharpnessAwareCallback(), max_epochs=1)
+        assert float(run.callback_metrics["loss_epoch"]) > 0

@@ -118,8 +118,10 @@ def loop(model, method, autocast=None, scaler=None, accumulate=ACCUMULATE):
         (bert, {}),
         (llama, {"label_smoothing_factor": 0.1}),
         (llama, {"bf16": True, "gradient_checkpointing": True}),
+        (llama, {"max_grad_norm": -1.0}),
+        (llama, {"max_grad_norm": 0.0}),
     ],
-    ids=["llama", "bert", "smoothing", "bf16"],
+    ids=["llama", "bert", "smoothing", "bf16", "clip off", "no clip"],
 )
 def test_sgd_is_the_stock_trainer(net, other, tmp_path):
     ends = []
@@ -340,3 +342,20 @@ def test_two_processes_are_one_with_the_whole_batch(tmp_path):
 def test_the_example_runs(capsys):
     runpy.run_path(str(EXAMPLE), run_name="__main__")
     assert "accuracy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", [steppe.sam(), steppe.esam_sds(gamma=1.0)], ids=["sam", "esam"])
+def test_losses_of_examples_count_the_same_on_any_number_of_ranks(tmp_path, monkeypatch, method):
+    """The Trainer multiplies by the number of ranks, for losses that are sums over the tokens of all of them."""
+    ends = []
+    for ranks in (1, 2):
+        model = bert()
+        trainer = trainer_of(Sharp, model, tmp_path, method=method, compute_loss_func=each_loss)
+        monkeypatch.setattr(type(trainer), "get_tp_size", lambda self, ranks=ranks: 1 / ranks)
+        trainer.train()
+        ends.append(weights(model))
+    assert far(*ends) < 1e-6
+
+
+def each_loss(outputs, labels, num_items_in_batch=None):
+    return F.cross_entropy(outputs.logits, labels, reduction="none")

@@ -107,6 +107,23 @@ def test_a_layer_that_is_unfrozen_joins_in():
     assert not any(map(torch.equal, before, weights(model)))
 
 
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("fisher", FISHERS)
+def test_a_part_of_a_layer_is_frozen_and_unfrozen_between_two_looks(fisher, layer, frozen):
+    """Its block is another one then, and what was kept of the old one is not that of the new one."""
+    model, data = nets.mlp()
+    opt = NaturalGradient(model.parameters(), 0.1, fisher=fisher, n=10)
+    for required in (True, False, True):
+        getattr(model[layer], frozen).requires_grad_(required)
+        before = weights(model)
+        run(opt, model, data, 2)
+        still = [name for (name, _), p in zip(model.named_parameters(), before, strict=True)
+                 if torch.equal(p, dict(model.named_parameters())[name])]  # fmt: skip
+        assert still == ([] if required else [f"{layer}.{frozen}"])
+    assert opt.steps == 6
+
+
 @pytest.mark.parametrize("fisher", FISHERS)
 @pytest.mark.parametrize("low", ["autocast", "weights"])
 def test_factors_are_float32_in_low_precision(fisher, low):

@@ -243,7 +243,7 @@ def in_bf16():
     return opt.stats.projected, "accepted"
 
 
-def fails(text, fail_in):
+def fails(text, fail_in, micro=1):
     """A pass that raises: how far weights and outputs are from those before, and whether training goes on."""
     model, data = shard(attention()), here(batch_of("attention"))
     before, outputs = weights(model), model(data[0]).detach()
@@ -261,7 +261,7 @@ def fails(text, fail_in):
 
     opt = wrap(model, text, total_steps=TOTAL)
     with pytest.raises(RuntimeError, match="as asked"):
-        opt.step(steppe.Batch(model, loss_fn, data))
+        opt.step(steppe.Batch(model, loss_fn, data, micro=micro))
     after = model(data[0]).detach()
     changed = max(apart(before, weights(model)), apart([outputs], [after]))
     plain = attention()

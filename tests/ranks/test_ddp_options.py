@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
@@ -202,3 +203,17 @@ def test_a_layer_of_another_optimizer_has_the_gradient_of_one_process(text, asce
         first, second = launch(2, partial(gradient_of_another, **options), text, ascent)
         assert torch.equal(first, second)
         torch.testing.assert_close(first, gradient_of_another(whole), rtol=0, atol=1e-12)
+
+
+def flattened() -> str:
+    """The words with which a network under FSDP1 is refused."""
+    model, data = nets.mlp()
+    network = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+    with pytest.raises(ValueError, match=r".") as caught:
+        steppe.Batch(network, nets.losses, data)
+    return str(caught.value)
+
+
+def test_fsdp_of_the_first_kind_is_refused():
+    for words in launch(2, flattened):
+        assert "use fully_shard" in words

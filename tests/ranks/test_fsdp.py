@@ -50,6 +50,8 @@ JOBS = {
     "held": ("held", (["sgd()", "sam()", "rwp(alpha=0)", "gsam()"],)),
     "fails 1": ("fails", ("sam()", 1)),
     "fails 2": ("fails", ("sam()", 2)),
+    "fails 2 in micro-batches": ("fails", ("sam()", 2, 2)),
+    "fails 4 in micro-batches": ("fails", ("sam()", 4, 2)),
     "evaluated": ("evaluated", ("rwp(alpha=0)",)),
     "nan": ("not_a_number", ("sam()",)),
     "bf16": ("in_bf16", ()),
@@ -132,7 +134,7 @@ def test_weight_gradients_that_nobody_reads_are_not_computed(both):
         assert propagations < 1.75
 
 
-@pytest.mark.parametrize("job", ["fails 1", "fails 2"])
+@pytest.mark.parametrize("job", [job for job in JOBS if job.startswith("fails")])
 def test_a_pass_that_raises_leaves_weights_and_gathered_copies_as_they_were(both, job):
     for changed, ended in both[job]:
         assert changed == 0

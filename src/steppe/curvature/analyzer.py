@@ -114,6 +114,8 @@ class Analyzer:
         which: Which = "largest",
         kind: Kind = "hessian",
         params: Selection = None,
+        draws: int | None = None,
+        likelihood: Likelihood | None = None,
         method: Literal["lanczos", "power"] = "lanczos",
         **how: Any,
     ) -> Eigenvalues:
@@ -123,7 +125,7 @@ class Analyzer:
         """
         if method not in ("lanczos", "power"):
             raise ValueError(f'method={method!r} is neither "lanczos" nor "power"')
-        matrix = self.operator(kind, params=params)
+        matrix = self.operator(kind, params=params, draws=draws, likelihood=likelihood)
         with bar(f"{k} eigenvalues" if k > 1 else "eigenvalue", self.progress) as progress:
             if method == "power":
                 if k != 1 or which == "smallest":
@@ -150,21 +152,36 @@ class Analyzer:
         blocks = {**(self._modules(module) if isinstance(module, str) else module), "whole": None}
         return {name: self.eigenvalues(k, params=params, **how) for name, params in blocks.items()}
 
-    def spectrum(self, steps: int = 80, draws: int = 10, *, kind: Kind = "hessian", **how: Any) -> Spectrum:
+    def spectrum(
+        self,
+        steps: int = 80,
+        draws: int = 10,
+        *,
+        kind: Kind = "hessian",
+        params: Selection = None,
+        likelihood: Likelihood | None = None,
+        **how: Any,
+    ) -> Spectrum:
         """Return the spectral density, see `spectrum`."""
         with bar("spectrum", self.progress) as progress:
-            matrix = self.operator(kind)
+            matrix = self.operator(kind, params=params, likelihood=likelihood)
             return spectrum(matrix, min(steps, matrix.size), draws, seed=self.seed, progress=progress, **how)
 
-    def trace(self, *, kind: Kind = "hessian", params: Selection = None, **how: Any) -> Trace:
+    def trace(
+        self, *, kind: Kind = "hessian", params: Selection = None, likelihood: Likelihood | None = None, **how: Any
+    ) -> Trace:
         """Return the trace, see `trace`."""
         with bar("trace", self.progress) as progress:
-            return trace(self.operator(kind, params=params), seed=self.seed, progress=progress, **how)
+            matrix = self.operator(kind, params=params, likelihood=likelihood)
+            return trace(matrix, seed=self.seed, progress=progress, **how)
 
-    def diagonal(self, *, kind: Kind = "hessian", params: Selection = None, **how: Any) -> Diagonal:
+    def diagonal(
+        self, *, kind: Kind = "hessian", params: Selection = None, likelihood: Likelihood | None = None, **how: Any
+    ) -> Diagonal:
         """Return the diagonal, see `diagonal`."""
         with bar("diagonal", self.progress) as progress:
-            return diagonal(self.operator(kind, params=params), seed=self.seed, progress=progress, **how)
+            matrix = self.operator(kind, params=params, likelihood=likelihood)
+            return diagonal(matrix, seed=self.seed, progress=progress, **how)
 
     def surrogate_gap(self, rho: float = 0.05, **how: Any) -> SurrogateGap:
         """Return ``h = L(w+ε) − L(w)`` and ``2h/ρ²``, see `surrogate_gap`."""
@@ -234,7 +251,11 @@ class Analyzer:
 
     def _modules(self, pattern: str) -> dict[str, Selection]:
         model = self.objective.model
-        found = {name: module for name, module in model.named_modules() if name and re.fullmatch(pattern, name)}
+        found = {
+            name: module
+            for name, module in model.named_modules()
+            if name and re.fullmatch(pattern, name) and next(module.parameters(), None) is not None
+        }
         if not found:
             some = ", ".join([name for name, _ in model.named_modules() if name][:3])
             raise ValueError(f"no module's name is matched by {pattern!r}; there are {some}, ...")

@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from .. import vec
 from ..examples import extent, take
 from .eigenvalues import eigenvalues
-from .objective import Objective
+from .objective import Objective, exact
 from .operator import Operator
 
 
@@ -90,7 +90,7 @@ def adversarial(objective: Objective, generator: Generator) -> Tensor:
         Du et al. 2022, "Efficient sharpness-aware minimization for improved training of neural networks", appendix A.5.
     """
     totals = torch.zeros(2, objective.size, dtype=objective.dtype, device=objective.device)
-    weight = torch.zeros(2, dtype=objective.dtype, device=objective.device)
+    weight = torch.zeros(2, dtype=exact(objective.device), device=objective.device)
     seen = 0
     with objective.still(), torch.enable_grad():
         for batch in objective.batches():

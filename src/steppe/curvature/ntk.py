@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import checks
 from ..examples import extent, take
 from .axes import given_or_new
-from .objective import FORWARD, Objective
+from .objective import FORWARD, Objective, widest
 from .products import cut
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def ntk(
         before, wanted = objective.passes, min(examples, objective.examples)
         kernel = _kernel(objective, _first(objective, wanted), outputs, progress)
     eigenvalues, size = torch.linalg.eigvalsh(kernel).flip(0), len(kernel)
-    least = max((size * torch.finfo(objective.dtype).eps) ** 2, size * torch.finfo(torch.float64).eps)
+    least = max((size * torch.finfo(widest(objective.params)).eps) ** 2, size * torch.finfo(torch.float64).eps)
     noise = eigenvalues[0].clamp(min=0) * least
     return Kernel(kernel, eigenvalues, int((eigenvalues > noise).sum()), wanted, objective.passes - before)
 

@@ -89,7 +89,7 @@ class Objective:
         self.names, self.params = chosen(self.model, params)
         self.size = sum(p.numel() for p in self.params)
         self.device = self.params[0].device
-        self.dtype = max((p.dtype for p in self.params), key=lambda dtype: dtype.itemsize)
+        self.dtype = torch.promote_types(widest(self.params), torch.float32)
 
     @contextmanager
     def still(self) -> Iterator[None]:
@@ -163,7 +163,7 @@ class Objective:
         Cost:
             1/3.
         """
-        total = torch.zeros(2, dtype=_exact(self.device), device=self.device)
+        total = torch.zeros(2, dtype=exact(self.device), device=self.device)
         with self.still(), torch.no_grad():
             for batch in self.batches():
                 losses = self.losses(batch, finite=finite)
@@ -182,7 +182,7 @@ class Objective:
             1.
         """
         total = torch.zeros(self.size, dtype=self.dtype, device=self.device)
-        weight = torch.zeros((), dtype=_exact(self.device), device=self.device)
+        weight = torch.zeros((), dtype=exact(self.device), device=self.device)
         with self.still(), torch.enable_grad():
             for batch in self.batches():
                 losses = self.losses(batch)
@@ -284,5 +284,11 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def _exact(device: torch.device) -> torch.dtype:
+def widest(params: Vec) -> torch.dtype:
+    """Return the type of most bits among those of the parameters."""
+    return max((p.dtype for p in params), key=lambda dtype: dtype.itemsize)
+
+
+def exact(device: torch.device) -> torch.dtype:
+    """Return the type in which long sums are taken on a device."""
     return torch.float32 if device.type == "mps" else torch.float64

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import once
-from .objective import Objective
+from .objective import Objective, exact
 from .products import Likelihood, Product, empirical, fisher, gauss_newton, hessian
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class Operator:
             raise ValueError(f"a vector of shape {tuple(v.shape)} for a matrix of {self.size} rows")
         vectors = [self.objective.split(column) for column in v.reshape(self.size, -1).T.contiguous()]
         total = torch.zeros(self.size, len(vectors), dtype=self.dtype, device=self.device)
-        weight = torch.zeros((), dtype=self.dtype, device=self.device)
+        weight = torch.zeros((), dtype=exact(self.device), device=self.device)
         reuse = self.objective.is_single if self._reuse is None else self._reuse
         with self.objective.still(), torch.enable_grad():
             for product, weights, size in self._products(reuse):

@@ -170,10 +170,12 @@ class _Passes(Batch):
 
     loss_fn: _Loss
 
-    def backward(self, params: list[Tensor] | None, *, again: bool = False, **how: Any) -> Tensor:
+    @contextmanager
+    def running(self, again: bool, rows: Tensor | None = None) -> Iterator[Callable[[int], None]]:
         self.loss_fn.aloud = not again
         try:
-            return super().backward(params, again=again, **how)
+            with super().running(again, rows) as begin:
+                yield begin
         finally:
             self.loss_fn.aloud = False
 

@@ -113,8 +113,9 @@ class SharpnessAwareTrainer(Trainer):
             with self.compute_loss_context_manager():
                 loss = self.compute_loss(model, dict(inputs), num_items_in_batch=items)
             assert isinstance(loss, Tensor)
-            if loss.ndim:
-                return loss
+            if loss.ndim:  # the mean is the step's; compute_loss has made up for a sum that is divided on each rank
+                ranks = self.accelerator.num_processes // self.get_tp_size()
+                return loss / ranks if items is not None and self.args.average_tokens_across_devices else loss
             return loss * (total / (extent(inputs)[0] if self._is_share(items) else size * count))
 
         self._norm = None
@@ -130,7 +131,8 @@ class SharpnessAwareTrainer(Trainer):
 
     def _clip(self, params: list[Tensor]) -> None:
         """Clip the direction, and keep its norm for the log."""
-        self._norm = clip_grad_norm_(params, self.args.max_grad_norm or math.inf)
+        limit = self.args.max_grad_norm
+        self._norm = clip_grad_norm_(params, limit if limit and limit > 0 else math.inf)
 
 
 class _Taken(AcceleratedSharpnessAware):

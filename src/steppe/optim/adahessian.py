@@ -147,9 +147,11 @@ class AdaHessian(SecondOrder):
         draw = self.generator("probes")
         probes = [[_signs(p, draw) for p in wanted] for _ in range(self.probes)]
         products = with_products if self.product == "exact" else with_differences
+        own = set(wanted)
+        others = [p for p in batch.model.parameters() if p.requires_grad and p not in own] if params is None else []
         with _in_words():
             losses, gradient, along = products(
-                batch, wanted, probes, rows=rows, again=again, weight=weight, scaler=scaler
+                batch, wanted, probes, rows=rows, again=again, weight=weight, scaler=scaler, beside=others
             )
         self.extra = (0.0, 3.0 * self.probes) if self.product == "exact" else (float(self.probes),) * 2
         chosen = wanted if params is None else params
@@ -158,7 +160,7 @@ class AdaHessian(SecondOrder):
             if slope is not None and p in kept:
                 p.grad = slope if p.grad is None else p.grad.add_(slope)
         if reduce and params is None:
-            batch.ranks.mean_gradients(wanted)
+            batch.ranks.mean_gradients([*wanted, *others])
         scale = 1.0 if scaler is None else scaler.get_scale()
         diagonal = _diagonal(probes, along, share / (scale * self.probes))
         batch.ranks.mean_(diagonal)

@@ -35,7 +35,7 @@ class Block(Protocol):
 
     A block holds no tensor of the run. Its state, a dict of named tensors, is `optimizer.state[block.params[0]]`: the
     running averages of the estimates, and beside them, under other names, what `invert` makes of them. The names
-    `step` and `momentum` are taken.
+    `step`, `momentum` and `covers` are taken.
 
     Attributes:
         params: Its parameters, in order. The first carries the block's state.

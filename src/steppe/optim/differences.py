@@ -23,6 +23,7 @@ def with_differences(
     again: bool = False,
     weight: float = 1.0,
     scaler: torch.amp.GradScaler | None = None,
+    beside: Sequence[Tensor] = (),
 ) -> tuple[Tensor, list[Tensor | None], list[Vec]]:
     """Return what ``with_products`` does, at half its price, roughly: ``H z ≈ (g(w + h z) − g(w)) / h``.
 
@@ -42,6 +43,7 @@ def with_differences(
         again: see ``batch``.
         weight: see ``batch``.
         scaler: see ``batch``.
+        beside: see ``batch``.
 
     Raises:
         ValueError: if the model is sharded or in bf16 or fp16, or the batch does not replay random numbers.
@@ -58,8 +60,8 @@ def with_differences(
     if not batch.replay:
         raise ValueError('product="difference" needs both gradients to draw the same: take Batch(replay=True)')
 
-    def gradient(again: bool) -> tuple[Tensor, list[Tensor | None]]:
-        losses = batch.backward(params, rows=rows, again=again, reduce=False, weight=weight, scaler=scaler)
+    def gradient(again: bool, beside: Sequence[Tensor] = ()) -> tuple[Tensor, list[Tensor | None]]:
+        losses = batch.backward([*params, *beside], rows=rows, again=again, reduce=False, weight=weight, scaler=scaler)
         found = [p.grad for p in params]
         for p in params:
             p.grad = None
@@ -69,7 +71,7 @@ def with_differences(
     for p in params:
         p.grad = None
     try:
-        losses, here = gradient(again)
+        losses, here = gradient(again, beside)
         home, products = vec.clone(params), []
         size = float(vec.norm(home)) / math.sqrt(sum(p.numel() for p in params))
         h = (size or 1.0) * max(torch.finfo(p.dtype).eps for p in params) ** 0.25

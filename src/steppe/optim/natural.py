@@ -225,6 +225,7 @@ class NaturalGradient(SecondOrder):
         for block, state in zip(self._blocks, states, strict=True):
             kept = self.state[block.params[0]]
             kept.update({name: t for name, t in state.items() if name not in ("step", "momentum")})
+            kept["covers"] = _sizes(block)
             for p in block.params:
                 self.state[p]["step"] = self.state[p].get("step", torch.zeros(())) + 1
         moves = {p: d for each in directions for p, d in each.items()}
@@ -240,7 +241,11 @@ class NaturalGradient(SecondOrder):
     def _refreshes(self) -> bool:
         """Whether the curvature is due: by the count of steps, or since there is none of a parameter."""
         covered = {p for block in self._blocks for p in block.params}
-        known = all("step" in self.state.get(block.params[0], ()) for block in self._blocks)
+        known = all(
+            "covers" in (kept := self.state.get(block.params[0], {}))
+            and kept["covers"].tolist() == _sizes(block).tolist()
+            for block in self._blocks
+        )
         return self.steps % self.n == 0 or not known or covered != set(self.trainable())
 
     def _prepare(self, batch: Batch) -> None:
@@ -261,6 +266,11 @@ class NaturalGradient(SecondOrder):
             told = "; ".join(f"{name} ({reason})" for name, reason in reasons.items())
             warnings.warn(f"{self.fisher} takes a diagonal Fisher matrix for {told}", UserWarning, stacklevel=3)
         self.fallback = reasons
+
+
+def _sizes(block: Block) -> Tensor:
+    """Return how many weights each parameter of a block has: what tells whether its state is still of the same."""
+    return torch.tensor([p.numel() for p in block.params], dtype=torch.float32)
 
 
 def _check(group: dict[str, Any]) -> None:

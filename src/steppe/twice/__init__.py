@@ -27,7 +27,7 @@ class Twice(TorchFunctionMode):
         """Call the replacement of a function where there is one that applies, or the function."""
         kwargs = kwargs or {}
         replacement = REPLACED.get(func)
-        if replacement is not None and torch.is_grad_enabled() and not _casts(args):
+        if replacement is not None and torch.is_grad_enabled() and not _casts(args) and not _is_checkpointed():
             result = replacement(*args, **kwargs)
             if result is not NotImplemented:
                 return result
@@ -40,6 +40,11 @@ REPLACED: dict[Any, Callable[..., Tensor]] = {
     torch.conv3d: convolutions.convolve,
     F.batch_norm: norms.batch_norm,
 }
+
+
+def _is_checkpointed() -> bool:
+    """Whether activation checkpointing will run the function again, out of reach, and expects the same tensors."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def _casts(args: tuple[Any, ...]) -> bool:
