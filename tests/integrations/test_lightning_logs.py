@@ -141,3 +141,11 @@ class TestCountsAndLogs:
         net = Logged(network(), steppe.sgd(), lambda m: steppe.optim.AdaHessian(m.parameters(), 0.01, product=product))
         run = fit(net, SharpnessAwareCallback(), max_epochs=1)
         assert float(run.callback_metrics["loss_epoch"]) > 0
+
+    def test_a_backward_of_ones_own_is_refused(self):
+        class Own(Net):
+            def backward(self, loss):
+                loss.backward()
+
+        with pytest.raises(ValueError, match=r"Own\.backward would not be called"):
+            fit(Own(network(), steppe.sam()), SharpnessAwareCallback())

@@ -51,8 +51,8 @@ class SharpnessAwareCallback(L.Callback):
             ``Batch``; default None.
 
     Raises:
-        ValueError: from the fit, if the strategy accumulates gradients itself, or the optimizer was built with a
-            ``scaler`` or ``clip`` of its own.
+        ValueError: from the fit, if the strategy accumulates gradients itself, the module has a ``backward`` of its
+            own, or the optimizer was built with a ``scaler`` or ``clip`` of its own.
         TypeError: from the fit, if ``training_step`` returns no loss or draws its own batches.
 
     Cost:
@@ -71,6 +71,10 @@ class SharpnessAwareCallback(L.Callback):
         if trainer.strategy.handles_gradient_accumulation:
             raise ValueError(
                 f"{type(trainer.strategy).__name__} accumulates and steps by itself: use DDP or one device"
+            )
+        if type(pl_module).backward is not L.LightningModule.backward:
+            raise ValueError(
+                f"{type(pl_module).__name__}.backward would not be called: the step runs the backward passes itself"
             )
         epoch = trainer.fit_loop.epoch_loop
         loop = _Optimization(trainer, replay=self.replay, hold=self.hold)
