@@ -29,6 +29,10 @@ class NaturalGradient(SecondOrder):
     ``s = min(1, √(kl / (½ lr² dᵀFd)))``, else 1, so that ``½uᵀFu``, the divergence KL(p(w) ‖ p(w − u)) to second order,
     is at most ``kl``. F is a running average ``F ← decay·F + (1 − decay)·F_batch``, the first one F_batch itself.
 
+    The examples lie along dimension 0 of every layer's input: sequences that come first there, (T, B, d), are taken for
+    examples. The ``"exact"``, ``"mc"`` and ``"empirical"`` matrices see every layer in the mode of the whole model, one
+    that was left in eval mode by itself too.
+
     Args:
         params: parameters, or parameter groups, which may have an ``lr``, ``damping``, ``momentum`` and
             ``weight_decay`` of their own. A layer takes the damping of its weight.
