@@ -19,8 +19,8 @@ def widen() -> None:
     """Let glibc keep up to 1 GiB of freed memory for the next product or step, once a process.
 
     Otherwise it returns what was freed to the system, which hands it out again page by page, zeroed: up to a sixth of a
-    product on the CPU, and a tenth of a training step. What is in use at the peak is what it was; the process may hold
-    more, a quarter more in a training of ResNet-18. Whoever has set a threshold in the environment
+    product on the CPU, and less of a training step. What is in use at the peak is what it was; the process may hold
+    more. Whoever has set a threshold in the environment
     (``MALLOC_TRIM_THRESHOLD_``, ``GLIBC_TUNABLES``) keeps it, and other C libraries are left as they are.
     """
     if {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & set(os.environ):
